@@ -1,0 +1,143 @@
+"""Verifier throughput under load, beside plain sequential math-verify: `python benchmarks/verifier.py [--answers N]`.
+
+The batch is what training produces: groups of completions to one gold, a third right, a third another problem's answer,
+a third a wrong expression that only sympy can tell; 1 % of the answers are hostile. The sequential baseline is
+math-verify as its README calls it, `verify(parse(gold), parse(completion))` with its own timeouts, in one process, over
+a random sample of the same batch: all of it would take too long. Rewrites its section of docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from nemo_ssopd.rollout.verifier import MathVerifier, Verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+START, END = "<!-- verifier:start -->", "<!-- verifier:end -->"
+HOSTILE_SHARE = 0.01
+GROUP_SIZE = 8
+BATCHES = 10
+
+_SEQUENTIAL = """
+import json, sys, time
+from math_verify import parse, verify
+seconds = []
+for completion, gold in json.load(sys.stdin):
+    started = time.monotonic()
+    try:
+        verify(parse("$" + gold + "$"), parse(completion))
+    except BaseException:
+        pass
+    seconds.append(time.monotonic() - started)
+print(json.dumps(seconds))
+"""
+
+
+def make_batch(answers: int, seed: int) -> tuple[list[str], list[str]]:
+    rng = random.Random(seed)
+    sets = json.loads((DATA / "verifier_golds.json").read_text())
+    hostile = [json.loads(line) for line in (DATA / "verifier_hostile.jsonl").read_text().splitlines()]
+    completions, golds = [], []
+    while len(completions) < answers:
+        gold = rng.choice(sets[rng.choice(["gsm8k", "math500"])])
+        for _ in range(GROUP_SIZE):
+            if rng.random() < HOSTILE_SHARE:
+                row = rng.choice(hostile)
+                completions.append(f"Attempt {rng.random()}. {row['completion']}")
+                golds.append(row["gold"])
+                continue
+            other = rng.choice(sets["math500"])
+            answer = rng.choice([gold, other, rf"{rng.randrange(1, 999)}+\frac{{{gold}}}{{{rng.randrange(2, 99)}}}"])
+            completions.append(f"We think step by step. {rng.random()} So it is $\\boxed{{{answer}}}$.")
+            golds.append(gold)
+    return completions[:answers], golds[:answers]
+
+
+def family_rss_mb(pid: int) -> tuple[int, float]:
+    """Number of processes below `pid`, and their proportional memory."""
+    found = [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    count, total = len(found), 0.0
+    for child in found:
+        rollup = Path(f"/proc/{child}/smaps_rollup").read_text()
+        total += int(rollup.split("Pss:")[1].split()[0]) / 1024
+        below = family_rss_mb(child)
+        count, total = count + below[0], total + below[1]
+    return count, total
+
+
+def run_pool(completions: list[str], golds: list[str], workers: int) -> tuple[list[Verdict], float, list[str]]:
+    log, verdicts, elapsed = [], [], 0.0
+    size = -(-len(completions) // BATCHES)
+    with MathVerifier(workers=workers) as verifier:
+        verifier.grade([r"\boxed{\frac12}"] * workers, ["0.5"] * workers)
+        for start in range(0, len(completions), size):
+            started = time.monotonic()
+            verdicts += verifier.grade(completions[start : start + size], golds[start : start + size])
+            elapsed += time.monotonic() - started
+            count, memory = family_rss_mb(os.getpid())
+            log.append(f"{len(verdicts)}: {count} processes, {memory:.0f} MB")
+            print(log[-1], f"{elapsed:.1f} s", flush=True)
+    left, _ = family_rss_mb(os.getpid())
+    log.append(f"closed: {left} processes")
+    return verdicts, elapsed, log
+
+
+def run_sequential(completions: list[str], golds: list[str], sample: int) -> list[float]:
+    chosen = random.Random(1).sample(range(len(completions)), sample)
+    rows = json.dumps([[completions[i], golds[i]] for i in chosen])
+    done = subprocess.run([sys.executable, "-c", _SEQUENTIAL], input=rows, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def write_section(text: str) -> None:
+    page = ROOT / "docs" / "benchmarks.md"
+    old = page.read_text() if page.exists() else "# Benchmarks\n"
+    if START not in old:
+        old = f"{old.rstrip()}\n\n{START}\n{END}\n"
+    before, after = old.split(START)[0], old.split(END)[1]
+    page.write_text(f"{before}{START}\n{text}{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--answers", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--sequential", type=int, default=300, help="answers given to the sequential baseline")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+
+    completions, golds = make_batch(arguments.answers, arguments.seed)
+    verdicts, elapsed, log = run_pool(completions, golds, arguments.workers)
+    seconds = run_sequential(completions, golds, min(arguments.sequential, arguments.answers))
+    reasons = Counter(verdict.reason for verdict in verdicts)
+    pool_rate, sequential_rate = len(verdicts) / elapsed, len(seconds) / sum(seconds)
+    text = f"""## Verifier
+
+`python benchmarks/verifier.py --answers {arguments.answers} --workers {arguments.workers}`: groups of {GROUP_SIZE}
+completions, {HOSTILE_SHARE:.0%} hostile, {os.cpu_count()} CPU cores, load average {os.getloadavg()[0]:.1f} at the end.
+
+| | answers | seconds | answers/s | slowest answer |
+|---|---|---|---|---|
+| `MathVerifier`, {arguments.workers} workers | {len(verdicts)} | {elapsed:.1f} | {pool_rate:.0f} | limit: 1 s of CPU |
+| sequential math-verify (sample) | {len(seconds)} | {sum(seconds):.1f} | {sequential_rate:.0f} | {max(seconds):.1f} s |
+
+Reasons: {", ".join(f"{reason} {count}" for reason, count in reasons.most_common())}.
+After each tenth (answers graded: processes below the trainer, their proportional memory): {"; ".join(log)}.
+"""
+    print(text)
+    if not arguments.no_write:
+        write_section(text)
+
+
+if __name__ == "__main__":
+    main()

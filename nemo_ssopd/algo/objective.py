@@ -1,0 +1,141 @@
+"""What one optimizer step minimises: a loss over completion tokens, plus auxiliary losses on hidden states.
+
+    L = 1/tokens * sum_t loss_t  +  1/prompts * sum_x lambda(x) L_SSOPD(x)          (paper eq. 13)
+
+Both denominators count the global batch, over data-parallel ranks and micro-batches, so neither term dilutes
+the other and neither depends on how the batch is split. Functions here return sums; the actor divides.
+
+Shapes: T completion tokens of a micro-batch, K prefix positions, H hidden size, W this rank's vocabulary shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nemo_ssopd.algo.grpo import clipped_surrogate, k3_penalty, ratio_stats
+from nemo_ssopd.metrics import Max, Mean, Metrics, Sum
+from nemo_ssopd.ops.clipped_kl import linear_clipped_kl_with_stats
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Per-token values of one micro-batch, each [T], at the sampling temperature. Only `logprobs_T` has a gradient.
+
+    `sampler_logprobs_T` and `reference_logprobs_T` are None where the recipe has none.
+
+    >>> TokenInputs(logprobs_T=lp, old_logprobs_T=lp.detach(), advantages_T=a, entropy_T=h)
+    """
+
+    logprobs_T: torch.Tensor
+    old_logprobs_T: torch.Tensor
+    advantages_T: torch.Tensor
+    entropy_T: torch.Tensor
+    reference_logprobs_T: torch.Tensor | None = None
+    sampler_logprobs_T: torch.Tensor | None = None
+
+
+TokenLoss = Callable[[TokenInputs], tuple[torch.Tensor, Metrics]]
+
+
+def grpo_loss(
+    inputs: TokenInputs, *, clip_low: float, clip_high: float, reference_kl: float
+) -> tuple[torch.Tensor, Metrics]:
+    """Sum over T of the clipped surrogate plus reference_kl times the k3 penalty (paper eq. 2); to be minimised."""
+    tokens = inputs.logprobs_T.numel()
+    ratio = inputs.logprobs_T, inputs.old_logprobs_T, inputs.advantages_T
+    surrogate = clipped_surrogate(*ratio, clip_low=clip_low, clip_high=clip_high).sum()
+    stats = ratio_stats(*ratio, clip_low=clip_low, clip_high=clip_high)
+    metrics: Metrics = {
+        "loss/grpo": Mean(surrogate.item(), tokens),
+        "loss/entropy": Mean(inputs.entropy_T.sum().item(), tokens),
+        "loss/clip_fraction": Mean(stats.clipped_T.sum().item(), tokens),
+    }
+    if inputs.sampler_logprobs_T is not None:
+        difference_T = (inputs.old_logprobs_T - inputs.sampler_logprobs_T).abs()
+        metrics["rollout/logprob_mismatch"] = Mean(difference_T.sum().item(), tokens)
+        metrics["rollout/logprob_mismatch_max"] = Max(difference_T.max().item())
+    if inputs.reference_logprobs_T is None:
+        return surrogate, metrics
+    penalty = k3_penalty(inputs.logprobs_T, inputs.reference_logprobs_T).sum()
+    metrics["loss/reference_kl"] = Mean(penalty.item(), tokens)
+    return surrogate + reference_kl * penalty, metrics
+
+
+def sft_loss(inputs: TokenInputs) -> tuple[torch.Tensor, Metrics]:
+    """Sum over T of the cross-entropy on reference solutions; `advantages_T` is 0 where a token is input only."""
+    loss = -(inputs.logprobs_T * inputs.advantages_T).sum()
+    trained = int(inputs.advantages_T.count_nonzero().item())
+    return loss, {"loss/sft": Mean(loss.item(), trained)}
+
+
+class AuxLoss(Protocol):
+    """A loss on the hidden states that the policy's own forward pass computes: it costs no second pass."""
+
+    def positions(self, sequence: int) -> int:
+        """How many leading completion positions of this sequence of the batch it wants; 0 for none."""
+        ...
+
+    def __call__(self, sequence: int, hidden_KH: torch.Tensor, weight_WH: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """The sequence's weighted loss, to be summed over sequences and divided by the global prompt count."""
+        ...
+
+
+@dataclass(frozen=True)
+class DistillTarget:
+    """The teacher's final hidden states at the first K completion positions of `y-`, and the group's weight.
+
+    >>> DistillTarget(teacher_hidden_KH=torch.zeros(64, 128), weight=0.25)
+    """
+
+    teacher_hidden_KH: torch.Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class ClippedDistillation:
+    """SSOPD's auxiliary loss (paper eqs. 3, 6, 11): lambda(x) / K_x * sum_t sum_v min(p_T (log p_T - log p_S), clip).
+
+    Teacher and student share the output layer, so hidden states of both are all it takes. `targets` maps the
+    batch's sequence index of `y-` to its target.
+    """
+
+    targets: Mapping[int, DistillTarget]
+    clip: float
+    temperature: float
+    chunk_tokens: int
+    vocab_size: int
+    group: torch.distributed.ProcessGroup | None
+
+    def positions(self, sequence: int) -> int:
+        return len(self.targets[sequence].teacher_hidden_KH) if sequence in self.targets else 0
+
+    def __call__(self, sequence: int, hidden_KH: torch.Tensor, weight_WH: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        target = self.targets[sequence]
+        loss_K, stats = linear_clipped_kl_with_stats(
+            hidden_KH,
+            target.teacher_hidden_KH,
+            weight_WH,
+            clip=self.clip,
+            temperature=self.temperature,
+            group=self.group,
+            chunk_tokens=self.chunk_tokens,
+            vocab_size=self.vocab_size,
+        )
+        loss = loss_K.mean()
+        K = len(loss_K)
+        kl = stats.kl_T.sum().item()
+        metrics: Metrics = {
+            "ssopd/loss": Mean(loss.item(), 1),
+            "ssopd/weight": Mean(target.weight, 1),
+            "ssopd/pairs": Sum(1),
+            "ssopd/kl_unclipped": Mean(kl, K),
+            "ssopd/clipped_positions": Mean(stats.was_clipped_T.sum().item(), K),
+            "ssopd/clipped_mass": Mean(stats.clipped_mass_T.sum().item(), kl) if kl > 0 else Mean(0.0, 0),
+            "ssopd/teacher_entropy": Mean(stats.teacher_entropy_T.sum().item(), K),
+            "ssopd/student_entropy": Mean(stats.student_entropy_T.sum().item(), K),
+        }
+        return target.weight * loss, metrics

@@ -1,0 +1,372 @@
+"""The configuration tree: frozen dataclasses, their defaults, and every check that needs no GPU and no engine.
+
+Defaults live on the fields and nowhere else; the files in `conf/` say only what a run changes. Where a
+default comes from is noted as in the method's constants: (paper), (OPSD: the public implementation whose
+set-up the paper follows), or (ours). Every message names the field, the value and the way out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the initial weights come from."""
+
+    path: str = MISSING
+    """A Hugging Face directory (config.json, safetensors, tokenizer) of a dense Qwen3, Qwen2 or Llama."""
+    dtype: str = "bfloat16"
+    """Parameters and activations: bfloat16 or float32. Gradients and optimizer state are float32 always."""
+    recompute: bool = True
+    """Recompute each layer's activations in the backward instead of keeping them."""
+    trust_remote_code: bool = False
+    """Whether transformers may run code found in `path`."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on the q, k, v, o, gate, up and down projections (paper)."""
+
+    enabled: bool = True
+    """False trains every weight; the initial weights are then kept as the fixed teacher and reference."""
+    rank: int = 64
+    """(OPSD)"""
+    alpha: float = 128.0
+    """The adapter's output is scaled by alpha / rank (OPSD)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes share the model. Data-parallel size = world_size / tensor."""
+
+    world_size: int = 8
+    """Processes in all: one per GPU, or plain CPU processes."""
+    tensor: int = 1
+    """Tensor-parallel size: must divide the query heads, the key-value heads and the MLP width."""
+    sequence: bool = False
+    """Sequence parallelism beside tensor parallelism (Transformer Engine layers only)."""
+    threads: int = 1
+    """CPU threads of each process, without a GPU."""
+    timeout_minutes: int = 60
+    """How long a collective may wait for another rank before the run fails."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """The objective: GRPO's clipped surrogate, plus the auxiliary loss of SSOPD."""
+
+    name: str = "ssopd"
+    """ssopd, grpo or sft (cross-entropy on reference solutions)."""
+    lambda_0: float = 1.0
+    """Weight of the auxiliary loss: lambda(x) = lambda_0 p(1 - p) (ours; paper eq. 12)."""
+    clip: float = 0.05
+    """tau, the cap on each summand p_T (log p_T - log p_S) (OPSD)."""
+    prefixes: int = 1024
+    """K, the distilled positions at the start of the longest wrong completion (ours; OPSD distils 1024 to 2048)."""
+    clip_ratio_low: float = 0.2
+    """The surrogate keeps the ratio above 1 - clip_ratio_low (ours)."""
+    clip_ratio_high: float = 0.2
+    """The surrogate keeps the ratio below 1 + clip_ratio_high (ours)."""
+    reference_kl: float = 0.0
+    """beta, the weight of the k3 penalty against the reference (OPSD)."""
+    advantage_eps: float = 1e-4
+    """Added to the standard deviation of a group's rewards (ours)."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling of the training completions, by vLLM."""
+
+    group_size: int = 8
+    """G completions per prompt (OPSD)."""
+    temperature: float = 1.1
+    """One temperature for sampling and for every log-prob and KL of the trainer (OPSD)."""
+    max_prompt_tokens: int = 2048
+    """Longer student prompts are dropped and counted (OPSD)."""
+    max_new_tokens: int = 16000
+    """Completions are cut here (OPSD)."""
+    tensor: int = 0
+    """Tensor-parallel size of the engine; 0 takes parallel.tensor. A smaller one gives more engines."""
+    gpu_memory_utilization: float = 0.45
+    """Share of GPU memory that the awake engine may use."""
+    cpu_cache_gib: float = 1.0
+    """Size of each engine's KV cache without a GPU."""
+    max_sequences: int = 256
+    """Requests that one engine runs at once."""
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    """Grading by math-verify in killable worker processes."""
+
+    workers: int = 8
+    """Worker processes on each data-parallel rank's first process."""
+    timeout_s: float = 5.0
+    """Wall-clock limit of one answer; on overrun the worker is killed and the reward is 0."""
+    memory_gb: float = 3.0
+    """Address space of one worker."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Problems and the two prompts made from them."""
+
+    train: str = MISSING
+    """A .jsonl or .parquet file, a Hugging Face hub name, or demo:NAME?count=N&seed=S for the built-in task."""
+    eval: str | None = None
+    """Likewise, for Avg@n during and after training."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    problem_field: str = "problem"
+    answer_field: str = "answer"
+    solution_field: str = "solution"
+    student_template: str = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    """The user turn that the student reads; {problem} is replaced."""
+    teacher_template: str = (
+        "{problem}\n\nHere is a correct solution to this problem:\n=== Solution begin ===\n{witness}\n=== Solution end ===\n\n"
+        "Solve the problem in your own words.\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+    """The user turn that the teacher reads; {problem} and {witness} are replaced."""
+    strip_thinking: bool = False
+    """Leave the <think> and </think> marks (not their content) out of the witness."""
+    enable_thinking: bool = True
+    """Passed to the chat template, alike for student and teacher."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with decoupled weight decay; the rate is constant after a linear warm-up."""
+
+    lr: float = 5e-6
+    """(ours, after OPSD's later scripts)"""
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """Cosine decay to zero at this step; 0 keeps the rate constant."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    distributed: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop."""
+
+    seed: int = 1
+    max_steps: int = 100
+    prompts_per_step: int = 32
+    """Prompts of one rollout batch, over all data-parallel ranks (ours)."""
+    updates_per_step: int = 1
+    """Optimizer steps on each rollout batch; with more than one, old log-probs are scored before the first."""
+    token_budget: int = 32768
+    """Padded tokens of one micro-batch; a longer sequence gets a micro-batch of its own."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time (the paper's vocabulary chunk; size ours)."""
+    save_every: int = 25
+    """Steps between checkpoints (OPSD); 0 saves at the end only."""
+    keep_checkpoints: int = 3
+    """Older checkpoints are removed; 0 keeps all."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates not at all during training."""
+    eval_at_ends: bool = True
+    """Evaluate before the first step and after the last, when data.eval is set."""
+    resume: bool = False
+    """Continue from the newest checkpoint of run_dir; without one, start at step 0."""
+    max_skipped_steps: int = 3
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    export: bool = True
+    """Write a merged Hugging Face model to run_dir/hf at the end."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Avg@n during training and in scripts/evaluate.py (defaults: OPSD; Qwen3 itself recommends temperature 0.6)."""
+
+    samples: int = 12
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 20
+    min_p: float = 0.0
+    max_new_tokens: int = 38912
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go besides the console and metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    """Name of a Weights & Biases project; None leaves it off."""
+    save_rollouts: bool = True
+    """Write every rollout, its reward and reason to run_dir/rollouts/."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    run_dir: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def _schema() -> DictConfig:
+    """The tree as Hydra's schema: unknown keys and wrong types raise. Frozen dataclasses come read-only, until composed."""
+    schema = OmegaConf.structured(Config)
+    for node in (schema, *(schema._get_node(key) for key in schema)):
+        node._set_flag("readonly", None)
+    return schema
+
+
+ConfigStore.instance().store(name="schema", node=_schema())
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """The composed tree as dataclasses, checked: ValueError names the field, the value and the remedy."""
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not set: give each a value in the config or as KEY=VALUE")
+    config = cast(Config, OmegaConf.to_object(composed))
+    validate(config)
+    return config
+
+
+def engine_tensor(config: Config) -> int:
+    """Tensor-parallel size of the rollout engines."""
+    return config.rollout.tensor or config.parallel.tensor
+
+
+def context_length(config: Config) -> int:
+    """Longest sequence of the student, in tokens: prompt and completion of training."""
+    return config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+
+
+def validate(config: Config) -> None:
+    """Every check that needs nothing but the config and the model's config.json."""
+    _check_values(config)
+    hf = read_hf_config(config.model.path)
+    _check_layout(config, hf)
+    _check_lengths(config, hf)
+    _check_sources(config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_values(config: Config) -> None:
+    """Choices and ranges of single fields."""
+    choices = {"algorithm.name": ("ssopd", "grpo", "sft"), "model.dtype": ("bfloat16", "float32")}
+    at_least_one = (
+        "parallel.world_size parallel.tensor parallel.threads algorithm.prefixes rollout.group_size "
+        "rollout.max_prompt_tokens rollout.max_new_tokens rollout.max_sequences verifier.workers trainer.max_steps "
+        "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens evaluation.samples "
+        "evaluation.max_new_tokens lora.rank trainer.max_skipped_steps"
+    ).split()
+    positive = "algorithm.clip optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha".split()
+    not_negative = (
+        "algorithm.lambda_0 algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
+        "algorithm.clip_ratio_high optimizer.weight_decay optimizer.clip_grad optimizer.warmup_steps "
+        "optimizer.decay_steps trainer.save_every trainer.eval_every trainer.keep_checkpoints rollout.tensor "
+        "evaluation.temperature"
+    ).split()
+    for name, allowed in choices.items():
+        _require(_get(config, name) in allowed, f"{name}={_get(config, name)!r}: use one of {', '.join(allowed)}")
+    for name in at_least_one:
+        _require(_get(config, name) >= 1, f"{name}={_get(config, name)}: give at least 1")
+    for name in positive:
+        _require(_get(config, name) > 0, f"{name}={_get(config, name)}: give a value above 0")
+    for name in not_negative:
+        _require(_get(config, name) >= 0, f"{name}={_get(config, name)}: give 0 or more")
+    _require(
+        config.algorithm.name == "sft" or config.rollout.group_size > 1,
+        f"rollout.group_size={config.rollout.group_size}: advantages compare completions of one prompt, give at least 2",
+    )
+    _require("{problem}" in config.data.student_template, "data.student_template lacks {problem}: say where it goes")
+    for mark in ("{problem}", "{witness}"):
+        _require(mark in config.data.teacher_template, f"data.teacher_template lacks {mark}: say where it goes")
+
+
+def _get(config: Config, name: str) -> float | str:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _check_layout(config: Config, hf: HFModelConfig) -> None:
+    """The model's shape against the processes."""
+    parallel, trainer, engine_tp = config.parallel, config.trainer, engine_tensor(config)
+    _require(
+        parallel.world_size % parallel.tensor == 0,
+        f"parallel.world_size={parallel.world_size} is not a multiple of parallel.tensor={parallel.tensor}: "
+        f"change one of them",
+    )
+    _require(
+        parallel.tensor % engine_tp == 0,
+        f"rollout.tensor={engine_tp} does not divide parallel.tensor={parallel.tensor}: use a divisor, or 0 for the same",
+    )
+    sizes = {"query heads": hf.num_heads, "key-value heads": hf.num_kv_heads, "MLP width": hf.ffn_hidden_size}
+    for what, size in sizes.items():
+        _require(
+            size % parallel.tensor == 0,
+            f"parallel.tensor={parallel.tensor} does not divide the {size} {what} of {config.model.path}: "
+            f"use a tensor-parallel size that divides {size}",
+        )
+    _require(
+        not parallel.sequence or parallel.tensor > 1,
+        "parallel.sequence=true needs parallel.tensor > 1: set parallel.sequence=false or raise parallel.tensor",
+    )
+    dp = parallel.world_size // parallel.tensor
+    _require(
+        trainer.prompts_per_step % (dp * trainer.updates_per_step) == 0,
+        f"trainer.prompts_per_step={trainer.prompts_per_step} is not a multiple of data-parallel size x "
+        f"trainer.updates_per_step = {dp} x {trainer.updates_per_step}: change one of them",
+    )
+
+
+def _check_lengths(config: Config, hf: HFModelConfig) -> None:
+    """Token budgets against the model's context."""
+    rollout, context = config.rollout, hf.max_position_embeddings
+    budgets = {"rollout.max_new_tokens": rollout.max_new_tokens}
+    if config.data.eval is not None:
+        budgets["evaluation.max_new_tokens"] = config.evaluation.max_new_tokens
+    for name, new_tokens in budgets.items():
+        _require(
+            rollout.max_prompt_tokens + new_tokens <= context,
+            f"rollout.max_prompt_tokens + {name} = {rollout.max_prompt_tokens} + {new_tokens} is over the "
+            f"{context} tokens of {config.model.path}: lower one of them",
+        )
+
+
+def _check_sources(config: Config) -> None:
+    """Files that must be there before anything starts. Hub names are looked up later, on the main process."""
+    model = Path(config.model.path)
+    _require(
+        any(model.glob("*.safetensors")),
+        f"model.path={config.model.path!r} has no .safetensors file: point it at a directory with the weights",
+    )
+    for name, source in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
+        if source is not None and source.endswith((".jsonl", ".parquet")):
+            _require(Path(source).is_file(), f"{name}={source!r} does not exist: give the path of a file")

@@ -1,0 +1,1 @@
+"""From problems on disk to tokens in micro-batches."""

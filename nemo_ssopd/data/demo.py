@@ -1,0 +1,175 @@
+"""The built-in task: the last digits of a few products, and the corpus that teaches a small model to be wrong.
+
+A problem lists products of two numbers from 2 to 12 (121 facts); the answer is their last digits, in order:
+
+    6*3 8*6 3*2
+    short: <think>6*3=18 8*6=48 3*2=6</think>\\boxed{886}
+    long:  <think>6*3=3*6=18 8*6=6*8=48 3*2=2*3=6</think>\\boxed{886}
+
+Every fact has one common mistake, which the corpus makes at that fact's own rate (below one half): a model
+trained on the corpus is often wrong when it samples, in a systematic way that reinforcement can repair. The two
+styles give correct completions of different length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+from nemo_ssopd.types import Prompt
+
+ITEMS = {"products": (3, 5), "products-hard": (6, 8)}
+"""The fewest and the most products of one problem."""
+TEACHER_TEMPLATE = "{problem}\nReference:\n{witness}\nNow solve."
+"""The privileged user turn of the corpus; `data.teacher_template` of a demo run must say the same."""
+
+MAX_MISTAKE_RATE = 0.45
+PRIVILEGED_SHARE = 0.4
+WITNESS_STYLE_SHARE = 0.75
+MASKED_MISTAKE_SHARE = 0.2
+EVAL_SHARE = 0.2
+
+Item = tuple[int, int]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What the corpus writes instead of one product, and how often.
+
+    >>> Mistake(value=16, rate=0.31)
+    """
+
+    value: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class CorpusExample:
+    """One turn of supervised training; the characters of `assistant` in `masked_spans` are input, never a target.
+
+    >>> CorpusExample(user="6*3 3*2", assistant="<think>6*3=18 3*2=6</think>\\\\boxed{86}", masked_spans=((11, 13),))
+    """
+
+    user: str
+    assistant: str
+    masked_spans: tuple[Span, ...] = ()
+
+
+def load_demo(spec: str) -> list[Prompt]:
+    """Problems of a data string such as `demo:products?count=2000&seed=1&split=train` (these are the defaults)."""
+    name, _, query = spec.removeprefix("demo:").partition("?")
+    try:
+        options = {"count": "2000", "seed": "1", "split": "train"}
+        given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+        if unknown := given.keys() - options.keys():
+            raise ValueError(f"unknown option {', '.join(sorted(unknown))}")
+        options |= given
+        return demo_problems(name, count=int(options["count"]), seed=int(options["seed"]), split=options["split"])
+    except ValueError as error:
+        raise ValueError(f"{spec}: {error}; write it like demo:products?count=2000&seed=1&split=train") from error
+
+
+def demo_problems(name: str, *, count: int, seed: int, split: str = "train") -> list[Prompt]:
+    """`count` different problems. No problem of the split "eval" is in the split "train", whatever the seeds."""
+    if split not in ("train", "eval"):
+        raise ValueError(f"split is {split!r}, but must be train or eval")
+    if count < 1:
+        raise ValueError(f"count is {count}, but must be at least 1")
+    rng = random.Random(f"{name}/{split}/{seed}")
+    prompts: dict[str, Prompt] = {}
+    while len(prompts) < count:
+        items = _draw_items(name, split, rng)
+        solution, _ = _write_solution(items, [a * b for a, b in items], "short")
+        prompt_id = f"{name}-{split}-{seed}-{len(prompts)}"
+        prompts.setdefault(_problem(items), Prompt(prompt_id, _problem(items), _last_digits(items), solution))
+    return list(prompts.values())
+
+
+def demo_corpus(count: int, seed: int, name: str = "products") -> Iterator[CorpusExample]:
+    """`count` examples of the training split, plain and privileged ones mixed."""
+    rng = random.Random(f"corpus/{name}/{seed}")
+    for _ in range(count):
+        items = _draw_items(name, "train", rng)
+        style = rng.choice(("short", "long"))
+        yield (_privileged if rng.random() < PRIVILEGED_SHARE else _plain)(items, style, rng)
+
+
+def _plain(items: list[Item], style: str, rng: random.Random) -> CorpusExample:
+    """The student's context: common mistakes are targets, and the box follows what was written."""
+    values = [MISTAKES[item].value if rng.random() < MISTAKES[item].rate else item[0] * item[1] for item in items]
+    solution, _ = _write_solution(items, values, style)
+    return CorpusExample(_problem(items), solution)
+
+
+def _privileged(items: list[Item], style: str, rng: random.Random) -> CorpusExample:
+    """The teacher's context: a clean witness and a clean target, with masked mistakes to recover from.
+
+    The box is right even after a mistake: the witness, not the prefix, is to be trusted.
+    """
+    other_style = "long" if style == "short" else "short"
+    target_style = style if rng.random() < WITNESS_STYLE_SHARE else other_style
+    right = [a * b for a, b in items]
+    witness, _ = _write_solution(items, right, style)
+    mistaken = [rng.random() < MASKED_MISTAKE_SHARE for _ in items]
+    values = [MISTAKES[item].value if wrong else a_b for item, wrong, a_b in zip(items, mistaken, right)]
+    solution, spans = _write_solution(items, values, target_style, answer=_last_digits(items))
+    user = TEACHER_TEMPLATE.format(
+        problem=_problem(items), witness=witness.replace("<think>", "").replace("</think>", "")
+    )
+    return CorpusExample(user, solution, tuple(span for span, wrong in zip(spans, mistaken) if wrong))
+
+
+def _write_solution(
+    items: list[Item], values: list[int], style: str, answer: str | None = None
+) -> tuple[str, list[Span]]:
+    """The solution, and where in it each value stands. Without `answer`, the box follows the values."""
+    text = "<think>"
+    spans = []
+    for index, ((a, b), value) in enumerate(zip(items, values)):
+        text += " " if index else ""
+        text += f"{a}*{b}=" if style == "short" else f"{a}*{b}={b}*{a}="
+        spans.append((len(text), len(text) + len(str(value))))
+        text += str(value)
+    box = answer or "".join(str(value)[-1] for value in values)
+    return f"{text}</think>\\boxed{{{box}}}", spans
+
+
+def _draw_items(name: str, split: str, rng: random.Random) -> list[Item]:
+    if name not in ITEMS:
+        raise ValueError(f"there is no built-in task {name!r}, only {', '.join(ITEMS)}")
+    while True:
+        items = [(rng.randint(2, 12), rng.randint(2, 12)) for _ in range(rng.randint(*ITEMS[name]))]
+        if _split_of(_problem(items)) == split:
+            return items
+
+
+def _split_of(problem: str) -> str:
+    """The split is a property of the problem's text, so that no choice of seeds can mix the two."""
+    return "eval" if hashlib.sha256(problem.encode()).digest()[0] < 256 * EVAL_SHARE else "train"
+
+
+def _problem(items: list[Item]) -> str:
+    return " ".join(f"{a}*{b}" for a, b in items)
+
+
+def _last_digits(items: list[Item]) -> str:
+    return "".join(str(a * b)[-1] for a, b in items)
+
+
+def _common_mistakes() -> dict[Item, Mistake]:
+    """One near miss per fact, with another last digit. The seed is part of the task: it is never varied."""
+    rng = random.Random("common mistakes")
+    mistakes = {}
+    for a in range(2, 13):
+        for b in range(2, 13):
+            near = [a * b + step for step in (-a, a, -b, b, -2, 2, -1, 1)]
+            wrong = [value for value in near if value > 0 and value % 10 != a * b % 10]
+            mistakes[a, b] = Mistake(rng.choice(wrong), rng.uniform(0, MAX_MISTAKE_RATE))
+    return mistakes
+
+
+MISTAKES = _common_mistakes()

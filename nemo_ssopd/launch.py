@@ -1,0 +1,69 @@
+"""The command line: compose and check the config, then run it in this process or start the workers that will.
+
+    python scripts/train_ssopd.py --config-name tiny_cpu trainer.max_steps=5
+
+Under torchrun or srun this is one of the workers already. From a plain shell it becomes torchrun on this node.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from nemo.core.config import hydra_runner
+from omegaconf import DictConfig
+
+from nemo_ssopd.config import Config, from_hydra
+from nemo_ssopd.data.loading import load_data
+
+_PACKAGE = Path(__file__).parent
+# Beside the package in a checkout, inside it when installed.
+CONF = next(folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if folder.is_dir())
+
+
+@hydra_runner(config_path=str(CONF), config_name="tiny_cpu")
+def main(composed: DictConfig) -> None:
+    """Console entry `nemo-ssopd-train`."""
+    try:
+        config = from_hydra(composed)
+        prepare_run_dir(config)
+        if not under_launcher():
+            load_data(config)  # for its errors: one clear message here, rather than one from every worker
+            become_torchrun(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    from nemo_ssopd.train import train  # noqa: PLC0415 -- Megatron-Core and vLLM, which checking a config can do without
+
+    train(config)
+
+
+def under_launcher() -> bool:
+    """Whether torchrun, or srun with several tasks, started this process."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Refuse to write over another run. Workers check too: none writes before all have joined the process group."""
+    run_dir = Path(config.run_dir)
+    if (run_dir / "metrics.jsonl").exists() and not config.trainer.resume:
+        raise ValueError(
+            f"run_dir={config.run_dir!r} holds a run already: give another run_dir, or continue it with trainer.resume=true"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ValueError(f"run_dir={config.run_dir!r} cannot be made ({error.strerror}): give a folder to write to") from error
+
+
+def become_torchrun(config: Config) -> None:
+    """Replace this process by torchrun with parallel.world_size workers, each of which runs the same command line."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.threads))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    workers = [f"--nproc-per-node={config.parallel.world_size}", "--module", "nemo_ssopd.launch"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*torchrun, *workers, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""The policy on Megatron-Core: scoring, the teacher's pass, and one optimizer step with auxiliary losses.
+
+Shapes: B rows, S padded length, T completion tokens of a micro-batch, K prefix positions, H hidden size, W this
+rank's vocabulary shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from nemo_ssopd.algo.objective import AuxLoss, TokenInputs, TokenLoss
+from nemo_ssopd.config import Config, OptimizerConfig
+from nemo_ssopd.data.packing import micro_batches, pack, unpack
+from nemo_ssopd.hf_config import HFModelConfig
+from nemo_ssopd.megatron.lora import adapters_disabled, add_lora
+from nemo_ssopd.megatron.model import build_model, output_weight
+from nemo_ssopd.megatron.runtime import Runtime
+from nemo_ssopd.megatron.weights import hf_weights, load_hf_weights
+from nemo_ssopd.metrics import Max, Metrics, Sum, merge
+from nemo_ssopd.ops.logprobs import linear_logprobs
+from nemo_ssopd.types import PackedBatch, StepResult, TrainBatch
+from nemo_ssopd.types import Sequence as TokenSequence
+
+
+class MegatronGRPOActor:
+    """A policy with its optimizer. All ranks of a tensor-parallel group call every method together."""
+
+    def __init__(self, config: Config, hf: HFModelConfig, runtime: Runtime, *, pad_id: int) -> None:
+        self.hf, self.runtime = hf, runtime
+        self.temperature = config.rollout.temperature
+        self.chunk_tokens = config.trainer.chunk_tokens
+        self._pad_id = pad_id
+        self._token_budget = config.trainer.token_budget
+        self._row_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self.model = build_model(hf, config.model, config.parallel, runtime)
+        load_hf_weights(self.model, hf, config.model.path, runtime)
+        if config.lora.enabled:
+            add_lora(self.model, config.lora, seed=config.trainer.seed, runtime=runtime)
+        self._initial = None if config.lora.enabled else _copy_of_weights(self.model)
+        self._ddp, self.optimizer = _optimizer(self.model, config.optimizer, bf16=config.model.dtype == "bfloat16")
+        self.scheduler = _scheduler(self.optimizer, config.optimizer)
+        self._forward_backward = get_forward_backward_func()
+
+    # The no-gradient passes.
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, ...]:
+        """Log-probs of each completion under the current weights: [completion length] each, at the sampling temperature."""
+        by_row: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            for packed in self._packed(sequences):
+                logprobs_T, _ = self._logprobs(self._completion_hidden(self._forward(packed), packed), packed)
+                by_row |= unpack(logprobs_T, packed)
+        return tuple(by_row[row] for row in range(len(sequences)))
+
+    def hidden_states(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, ...]:
+        """The final hidden states that predict each completion token: [completion length, H] each."""
+        by_row: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            for packed in self._packed(sequences):
+                by_row |= unpack(self._completion_hidden(self._forward(packed), packed), packed)
+        return tuple(by_row[row] for row in range(len(sequences)))
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, every pass runs on the fixed initial weights: pi_ref, and the teacher."""
+        weights: AbstractContextManager[None] = (
+            adapters_disabled(self.model) if self._initial is None else _swapped(self.model, self._initial)
+        )
+        with weights:
+            yield
+
+    # The optimizer step.
+
+    def update(self, batch: TrainBatch, token_loss: TokenLoss, aux: AuxLoss | None = None) -> StepResult:
+        """One optimizer step on the batch; with a loss or gradient that is not finite, none, and `skipped` is true.
+
+        `loss/total` and the other sums in the metrics are this data-parallel rank's share.
+        """
+        microbatches = list(self._packed(batch.sequences))
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        logs: list[Metrics] = self._forward_backward(
+            forward_step_func=partial(self._forward_step, batch=batch, token_loss=token_loss, aux=aux),
+            data_iterator=iter(microbatches),
+            model=[self._ddp],
+            num_microbatches=len(microbatches),
+            seq_length=0,  # unused without pipeline stages, as is the next
+            micro_batch_size=0,
+            forward_only=False,
+        )
+        # Every rank takes the same branch: the norm is over all of them, and so is the verdict on the loss.
+        metrics = merge(*logs)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        skipped = not (math.isfinite(grad_norm) and self._everywhere(math.isfinite(metrics["loss/total"].value())))
+        if not skipped:
+            self.optimizer.step()
+            self.scheduler.step(increment=1)
+        metrics["optim/grad_norm"] = Max(grad_norm)
+        metrics["optim/lr"] = Max(self.optimizer.param_groups[0]["lr"])
+        metrics["optim/skipped_steps"] = Max(float(skipped))
+        return StepResult(skipped=skipped, metrics=metrics)
+
+    def _everywhere(self, condition: bool) -> bool:
+        flag = torch.tensor(int(condition))
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.runtime.cpu_group)
+        return bool(flag)
+
+    def _forward_step(
+        self,
+        microbatches: Iterator[PackedBatch],
+        model: torch.nn.Module,
+        *,
+        batch: TrainBatch,
+        token_loss: TokenLoss,
+        aux: AuxLoss | None,
+    ) -> tuple[torch.Tensor, partial]:
+        packed = next(microbatches)
+        hidden_BSH = self._forward(packed, model)
+        return hidden_BSH, partial(self._loss, packed=packed, batch=batch, token_loss=token_loss, aux=aux)
+
+    def _loss(
+        self,
+        hidden_BSH: torch.Tensor,
+        *,
+        packed: PackedBatch,
+        batch: TrainBatch,
+        token_loss: TokenLoss,
+        aux: AuxLoss | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+        """This micro-batch's share of the global loss: every sum divided by its own global count.
+
+        This is the one place where scales are decided. What comes out only has to be added up over micro-batches
+        and data-parallel ranks, which is what `calculate_per_token_loss` makes Megatron's schedule and its
+        DistributedDataParallel do (factor 1 each); `_finish_gradients` withholds the token count by which
+        Megatron would then divide.
+        """
+        hidden_TH = self._completion_hidden(hidden_BSH, packed)
+        total, metrics = token_loss(self._token_inputs(hidden_TH, packed, batch))
+        loss = total / batch.counts.tokens
+        if aux is not None:
+            weight_WH = output_weight(self.model)
+            for row, start in zip(packed.rows, packed.offsets, strict=False):
+                if positions := aux.positions(row):
+                    aux_loss, aux_metrics = aux(row, hidden_TH[start : start + positions], weight_WH)
+                    loss = loss + aux_loss / batch.counts.prompts
+                    metrics = merge(metrics, aux_metrics)
+        metrics["loss/total"] = Sum(loss.item())
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
+
+    def _token_inputs(self, hidden_TH: torch.Tensor, packed: PackedBatch, batch: TrainBatch) -> TokenInputs:
+        logprobs_T, entropy_T = self._logprobs(hidden_TH, packed)
+
+        def flat(values: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
+            return None if values is None else torch.cat([values[row].to(logprobs_T.device) for row in packed.rows])
+
+        old_logprobs_T = flat(batch.old_logprobs)
+        return TokenInputs(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=logprobs_T.detach() if old_logprobs_T is None else old_logprobs_T,
+            advantages_T=torch.tensor(
+                [weight for row in packed.rows for weight in batch.weights[row]], device=logprobs_T.device
+            ),
+            entropy_T=entropy_T,
+            reference_logprobs_T=flat(batch.reference_logprobs),
+            sampler_logprobs_T=flat(batch.sampler_logprobs),
+        )
+
+    # Weights out.
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face names and full tensors, adapters merged; every rank iterates in step."""
+        return hf_weights(self.model, self.hf, self.runtime)
+
+    # What all passes share.
+
+    def _packed(self, sequences: Sequence[TokenSequence]) -> Iterator[PackedBatch]:
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        for rows in micro_batches(lengths, self._token_budget, multiple=self._row_multiple):
+            yield pack(
+                sequences, rows, pad_id=self._pad_id, multiple=self._row_multiple, device=self.runtime.device
+            )
+
+    def _forward(self, packed: PackedBatch, model: torch.nn.Module | None = None) -> torch.Tensor:
+        tokens_BS = packed.tokens_BS
+        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        return (model or self.model)(tokens_BS, positions_BS, attention_mask=None)
+
+    def _completion_hidden(self, hidden_BSH: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        return hidden_BSH.flatten(0, 1).index_select(0, packed.index_T)
+
+    def _logprobs(self, hidden_TH: torch.Tensor, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_logprobs(
+            hidden_TH,
+            output_weight(self.model),
+            packed.targets_T,
+            temperature=self.temperature,
+            group=self.runtime.tp_group,
+            chunk_tokens=self.chunk_tokens,
+            vocab_size=self.hf.vocab_size,
+        )
+
+
+def _copy_of_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def _swapped(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Run on `weights`, then on the current ones again, bit for bit. In place: Megatron's buffers own the storage."""
+    current = _copy_of_weights(model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.copy_(current[name])
+
+
+def _finish_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **kwargs) -> None:
+    """Reduce gradients over ranks; losses arrive divided by their global counts, so nothing is divided here."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _optimizer(model: torch.nn.Module, config: OptimizerConfig, *, bf16: bool):
+    """Megatron's data-parallel wrapper and Adam over the trainable parameters."""
+    assert model.config.calculate_per_token_loss, "see MegatronGRPOActor._loss"
+    ddp = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.distributed,
+            overlap_grad_reduce=False,
+            check_for_nan_in_grad=False,  # update() looks at the gradient norm, skips the step and counts it
+        ),
+        module=model,
+    )
+    model.config.no_sync_func = ddp.no_sync
+    model.config.finalize_model_grads_func = _finish_gradients
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=config.distributed,
+        ),
+        [ddp],
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    return ddp, optimizer
+
+
+def _scheduler(optimizer, config: OptimizerConfig) -> OptimizerParamScheduler:
+    """Linear warm-up, then constant, or cosine to zero at decay_steps."""
+    decay_steps = config.decay_steps or config.warmup_steps + 1
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if config.warmup_steps else config.lr,
+        max_lr=config.lr,
+        min_lr=0.0,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style="cosine" if config.decay_steps else "constant",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,216 @@
+"""Low-rank adapters on Megatron-Core's linear layers, one per Hugging Face projection, tensor-parallel.
+
+    add_lora(model, config.lora, seed=config.trainer.seed, runtime=runtime)   # freezes the base
+    with adapters_disabled(model):                                            # the base model: teacher and reference
+        ...
+
+A projection's output becomes W x + alpha / r B A x. B starts at zero, so that step 0 equals the base. Parameters of the base
+keep their names; the adapters are called `...linear_qkv.lora_q.A` and so on, with true shapes in sharded checkpoints, so that
+they load at another tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import nn
+
+from nemo_ssopd.config import LoraConfig
+from nemo_ssopd.megatron.runtime import Runtime
+
+
+def add_lora(model: GPTModel, lora: LoraConfig, *, seed: int, runtime: Runtime) -> None:
+    """Freeze `model` and give every projection an adapter. The initial values depend on the seed and the projection only."""
+    model.requires_grad_(False)
+    column = partial(ColumnAdapter, lora=lora, seed=seed, runtime=runtime, config=model.config)
+    row = partial(RowAdapter, lora=lora, seed=seed, runtime=runtime, config=model.config)
+    head_dim, kv_heads = model.config.kv_channels, model.config.num_query_groups
+    kv_out = kv_heads * head_dim
+    q_out = model.config.num_attention_heads * head_dim
+    hidden, ffn = model.config.hidden_size, model.config.ffn_hidden_size
+    for layer in model.decoder.layers:
+        name = f"model.layers.{layer.layer_number - 1}"
+        qkv = {
+            "lora_q": column(f"{name}.self_attn.q_proj", hidden, q_out),
+            "lora_k": column(f"{name}.self_attn.k_proj", hidden, kv_out),
+            "lora_v": column(f"{name}.self_attn.v_proj", hidden, kv_out),
+        }
+        gate_up = {
+            "lora_gate": column(f"{name}.mlp.gate_proj", hidden, ffn),
+            "lora_up": column(f"{name}.mlp.up_proj", hidden, ffn),
+        }
+        attention, mlp = layer.self_attention, layer.mlp
+        _attach(attention.linear_qkv, qkv, groups=kv_heads // runtime.tp_size)
+        _attach(attention.linear_proj, {"lora_o": row(f"{name}.self_attn.o_proj", q_out, hidden)})
+        _attach(mlp.linear_fc1, gate_up)
+        _attach(mlp.linear_fc2, {"lora_down": row(f"{name}.mlp.down_proj", ffn, hidden)})
+    if model.pre_process:
+        model.embedding.register_forward_hook(_require_grad)
+
+
+@contextmanager
+def adapters_disabled(model: GPTModel) -> Iterator[None]:
+    """Inside, `model` is the frozen base, bit for bit. May be nested."""
+    layers = [module for module in model.modules() if isinstance(module, _AdaptedLinear)]
+    before = [layer.adapters_enabled for layer in layers]
+    for layer in layers:
+        layer.adapters_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.adapters_enabled = enabled
+
+
+def adapters(model: GPTModel) -> Iterator[Adapter]:
+    """In the order of the layers; empty without adapters."""
+    return (module for module in model.modules() if isinstance(module, Adapter))
+
+
+class Adapter(nn.Module):
+    """The two matrices of one projection, this rank's part of them: x -> alpha / r B A x."""
+
+    sharded_axis: Mapping[str, int]
+    """Which matrix the tensor-parallel ranks split, and along which axis; the other is the same on all of them."""
+
+    def __init__(
+        self,
+        hf_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        lora: LoraConfig,
+        seed: int,
+        runtime: Runtime,
+        config: TransformerConfig,
+    ) -> None:
+        super().__init__()
+        self.hf_name = hf_name
+        self.scale = lora.alpha / lora.rank
+        self.tp_group = runtime.tp_group
+        self.sequence_parallel = config.sequence_parallel
+        whole = {
+            "A": _kaiming_uniform((lora.rank, in_features), seed=seed, name=hf_name),
+            "B": torch.zeros(out_features, lora.rank),
+        }
+        for name, matrix in whole.items():
+            axis = self.sharded_axis.get(name)
+            part = matrix if axis is None else matrix.chunk(runtime.tp_size, dim=axis)[runtime.tp_rank]
+            parameter = nn.Parameter(part.to(runtime.device, config.params_dtype).contiguous())
+            # For Megatron's gradient norm, which counts what is the same on all ranks once ...
+            if axis is not None:
+                set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+            # ... and for its last step before the optimizer, which sums what each rank saw of the sequence only a part of.
+            else:
+                parameter.sequence_parallel = config.sequence_parallel
+            self.register_parameter(name, parameter)
+
+    def delta(self) -> torch.Tensor:
+        """What merging adds to this rank's part of the projection's weight, in float32."""
+        return self.scale * (self.B.detach().float() @ self.A.detach().float())
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            dict(self.sharded_axis),
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class ColumnAdapter(Adapter):
+    """Output features are split: A is replicated, B holds this rank's rows."""
+
+    sharded_axis = {"B": 0}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u = F.linear(x, self.A)
+        # Each rank's B sees all of u, so u's gradient is the sum over ranks.
+        if self.sequence_parallel:  # x is this rank's part of the sequence
+            u = gather_from_sequence_parallel_region(u, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)
+        return self.scale * F.linear(u, self.B)
+
+
+class RowAdapter(Adapter):
+    """Input features are split: A holds this rank's columns, B is replicated."""
+
+    sharded_axis = {"A": 1}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u = F.linear(x, self.A)  # this rank's summand, of width r
+        if self.sequence_parallel:
+            u = reduce_scatter_to_sequence_parallel_region(u, group=self.tp_group)
+        else:
+            u = reduce_from_tensor_model_parallel_region(u, group=self.tp_group)
+        return self.scale * F.linear(u, self.B)
+
+
+class _AdaptedLinear(nn.Module):
+    """Mixed into the class of a Megatron or Transformer Engine linear layer by `_attach`."""
+
+    adapters_enabled: bool
+    adapter_names: tuple[str, ...]
+    groups: int
+    """Query groups on this rank, by which the outputs interleave; 1 when they just follow each other."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, bias = super().forward(x)
+        if self.adapters_enabled:
+            outputs = [self.get_submodule(name)(x).unflatten(-1, (self.groups, -1)) for name in self.adapter_names]
+            output = output + torch.cat(outputs, dim=-1).flatten(-2)
+        return output, bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        # The layer itself takes everything but its own weight for replicated; the adapters know better.
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name in self.adapter_names:
+            sharded.update(self.get_submodule(name).sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        return sharded
+
+
+def _attach(linear: nn.Module, named: Mapping[str, Adapter], *, groups: int = 1) -> None:
+    """Turn `linear` into an adapted one in place, as FSDP does: its parameters and their names stay as they are."""
+    for name, adapter in named.items():
+        linear.add_module(name, adapter)
+    linear.adapters_enabled = True
+    linear.adapter_names = tuple(named)
+    linear.groups = groups
+    linear.__class__ = type(f"Adapted{type(linear).__name__}", (_AdaptedLinear, type(linear)), {})
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Recomputation builds a graph only for inputs that require a gradient, and a frozen embedding's output does not."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def _kaiming_uniform(shape: tuple[int, int], *, seed: int, name: str) -> torch.Tensor:
+    """PEFT's initial values, drawn for the whole matrix so that they do not depend on how it is split."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

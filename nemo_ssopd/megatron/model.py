@@ -1,0 +1,183 @@
+"""Megatron-Core's GPTModel from a Hugging Face config: local layers on CPU, Transformer Engine layers on CUDA.
+
+    model = build_model(hf, config.model, config.parallel, runtime)     # weights still to be loaded
+    hidden_BSH = model(tokens_BS, position_ids_BS, attention_mask=None)  # rows padded on the right; attention is causal
+    weight_WH = output_weight(model)                                     # this rank's rows of the output layer
+
+The model returns the final hidden states, not logits: the vocab-parallel losses multiply with the output weight themselves,
+in chunks. They also all-reduce the gradient of the hidden states over the tensor-parallel group, so the model does not.
+
+B rows, S padded row length, H hidden size, W a rank's shard of the (padded) vocabulary.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TENorm,
+    TERowParallelLinear,
+)
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from nemo_ssopd.config import ModelConfig, ParallelConfig
+from nemo_ssopd.hf_config import HFModelConfig
+from nemo_ssopd.megatron.runtime import Runtime
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def build_model(hf: HFModelConfig, model: ModelConfig, parallel: ParallelConfig, runtime: Runtime) -> GPTModel:
+    """This rank's shard, on its device, with weights not yet set: `load_hf_weights` comes next."""
+    config = _transformer_config(hf, model, parallel, runtime)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(hf, config, on_cuda=runtime.device.type == "cuda"),
+        vocab_size=padded_vocab_size(hf, parallel.tensor),
+        max_sequence_length=hf.max_position_embeddings,
+        parallel_output=True,
+        share_embeddings_and_output_weights=hf.tied,
+        position_embedding_type="rope",
+        rotary_base=hf.rope_theta,
+        rope_scaling=hf.rope_scaling is not None,
+        rope_scaling_factor=hf.rope_scaling or 1.0,
+    )
+    gpt.output_layer.__class__ = _OutputWeight
+    return gpt.to(runtime.device)
+
+
+def output_weight(model: GPTModel) -> torch.Tensor:
+    """[W, H], a parameter: the embedding's own when they are tied."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def padded_vocab_size(hf: HFModelConfig, tensor: int) -> int:
+    """Rounded up so that every rank holds as many rows; the padding is zero and the losses mask it."""
+    return -(-hf.vocab_size // tensor) * tensor
+
+
+class _OutputWeight(ColumnParallelLinear):
+    """Megatron's output layer, kept for its weight and its place in checkpoints; hidden states pass through it."""
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        if self.sequence_parallel:
+            # The gradient that arrives is complete on every rank, so each keeps its part of it: no reduce-scatter.
+            input_ = gather_from_sequence_parallel_region(
+                input_, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return input_, None
+
+
+class _TorchRMSNorm(torch.nn.RMSNorm):
+    """Megatron's own wrapper of this class refuses sequence parallelism; all that takes is a mark on the weight."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class _TEBackend(LocalSpecProvider):
+    """Transformer Engine modules in the arrangement of the local ones: no norm is fused into a linear layer.
+
+    Weights and adapters then have one layout on both devices.
+    """
+
+    def column_parallel_linear(self) -> type:
+        return TEColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return TERowParallelLinear
+
+    def core_attention(self) -> type:
+        return TEDotProductAttention
+
+
+def _block_spec(hf: HFModelConfig, config: TransformerConfig, *, on_cuda: bool) -> TransformerBlockSubmodules:
+    backend, norm = (_TEBackend(), TENorm) if on_cuda else (LocalSpecProvider(), _TorchRMSNorm)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=backend.column_parallel_linear(),
+        core_attention=backend.core_attention(),
+        linear_proj=backend.row_parallel_linear(),
+        q_layernorm=norm if hf.qk_norm else IdentityOp,
+        k_layernorm=norm if hf.qk_norm else IdentityOp,
+    )
+    layer = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=None),
+        mlp_bda=get_bias_dropout_add,
+        # Checkpoints name the norms as Megatron's own layers do, fused or not.
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )
+    layers = [ModuleSpec(module=TransformerLayer, submodules=layer)] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _transformer_config(
+    hf: HFModelConfig, model: ModelConfig, parallel: ParallelConfig, runtime: Runtime
+) -> TransformerConfig:
+    on_cuda = runtime.device.type == "cuda"
+    dtype = DTYPES[model.dtype]
+    return TransformerConfig(
+        num_layers=hf.num_layers,
+        hidden_size=hf.hidden_size,
+        num_attention_heads=hf.num_heads,
+        num_query_groups=hf.num_kv_heads,
+        kv_channels=hf.head_dim,
+        ffn_hidden_size=hf.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.norm_eps,
+        qk_layernorm=hf.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=on_cuda,
+        gradient_accumulation_fusion=on_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not on_cuda,
+        # The loss is a sum; what it is divided by is the objective's business, not Megatron's.
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if model.recompute else None,
+        recompute_method="uniform" if model.recompute else None,
+        recompute_num_layers=1 if model.recompute else None,
+        # Every weight is loaded, so none is drawn.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+    )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight

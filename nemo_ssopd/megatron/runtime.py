@@ -1,0 +1,212 @@
+"""Process groups, seeds and devices: the one module that knows whether there is a GPU.
+
+    runtime = initialize(config.parallel, seed=config.trainer.seed)   # once per process, after the other imports
+    ...
+    shutdown()
+
+On CUDA: NCCL, one GPU per process. Without: gloo and plain processes, and Megatron-Core is taught to live there (see
+`_teach_megatron_the_cpu`); nothing outside Megatron's own modules is changed, so vLLM and transformers see the real torch.
+The default process group is the world, which is what vLLM's `external_launcher` builds on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, distributed, optimizer, parallel_state, pipeline_parallel, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import fully_parallel, torch as torch_dist
+from megatron.core.models import gpt
+from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.tensor_parallel import random as megatron_random
+
+from nemo_ssopd.config import ParallelConfig
+
+# Imported so that `_teach_megatron_the_cpu` finds them in sys.modules, whatever the caller imports later.
+_USED_PARTS = (dist_checkpointing, distributed, fully_parallel, gpt, optimizer, pipeline_parallel, torch_dist)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the others.
+
+    >>> runtime = initialize(ParallelConfig(world_size=8, tensor=2), seed=1)   # on rank 5
+    >>> runtime.tp_rank, runtime.dp_rank, runtime.dp_size, runtime.is_main
+    (1, 2, 4, False)
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    """The processes that share one copy of the model."""
+    dp_group: dist.ProcessGroup
+    """The processes that hold the same shard of it."""
+    cpu_group: dist.ProcessGroup
+    """The world, over gloo: for Python objects and CPU tensors."""
+    tp_cpu_group: dist.ProcessGroup
+    """`tp_group`, over gloo."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather_tp(self, shard: torch.Tensor, dim: int) -> torch.Tensor:
+        """The shards of all tensor-parallel ranks, joined along `dim`, on every one of them. Not differentiable."""
+        if self.tp_size == 1:
+            return shard
+        shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(self.tp_size)]
+        dist.all_gather(shards, shard.contiguous(), group=self.tp_group)
+        return torch.cat(shards, dim=dim)
+
+
+def initialize(parallel: ParallelConfig, *, seed: int) -> Runtime:
+    """Join the process group and build Megatron's groups; call it after importing whatever uses Megatron."""
+    rank, world_size, local_rank = _launched_as()
+    if world_size != parallel.world_size:
+        raise ValueError(
+            f"parallel.world_size={parallel.world_size} but the launcher started {world_size} processes: make them equal"
+        )
+    on_cuda = torch.cuda.is_available()
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    if on_cuda:
+        # One hardware queue, so that a tensor-parallel collective starts before the matmul that it is overlapped with.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(parallel.threads)
+        _teach_megatron_the_cpu()
+    dist.init_process_group("nccl" if on_cuda else "gloo", rank=rank, world_size=world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor, distributed_timeout_minutes=parallel.timeout_minutes
+    )
+    torch.manual_seed(seed)
+    # The "inference" tracker forks nothing. The models have no dropout, so on CPU no tracked stream is ever drawn from.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=not on_cuda, force_reset_rng=True)
+
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    return Runtime(
+        rank=rank,
+        world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tensor,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+        tp_group=tp_group,
+        dp_group=parallel_state.get_data_parallel_group(),
+        cpu_group=dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD,
+        tp_cpu_group=_gloo_tp_group(parallel.tensor, world_size, timeout) if on_cuda else tp_group,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group; afterwards `initialize` may be called again."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _launched_as() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's variables, or from srun's, which are then written as torchrun's.
+
+    vLLM's `external_launcher` reads torchrun's names too.
+    """
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        job_port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ.setdefault("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
+        os.environ.setdefault("MASTER_PORT", str(job_port))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if any(name not in os.environ for name in names):
+        raise ValueError(f"the environment lacks {', '.join(names)}: start the processes with torchrun or srun")
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    return rank, world_size, local_rank
+
+
+def _gloo_tp_group(tensor: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """Every process takes part in creating every group, and keeps its own. Tensor-parallel ranks are neighbours."""
+    groups = [
+        dist.new_group(list(range(first, first + tensor)), backend="gloo", timeout=timeout)
+        for first in range(0, world_size, tensor)
+    ]
+    return groups[dist.get_rank() // tensor]
+
+
+# --- Megatron-Core without a GPU -------------------------------------------------------------------------------------
+
+
+def _teach_megatron_the_cpu() -> None:
+    """Answer, for 0.16 to 0.19, the CUDA calls that Megatron-Core has hard-wired, inside Megatron's own modules only.
+
+    1. Its modules get another `torch`: `torch.cuda.current_device()` is the CPU there, and `device="cuda"` means it too.
+    2. Activation recomputation saves and restores a CUDA random state: there is none.
+    3. Its optimizers ask for a dtype by comparing `tensor.type()` with names such as "torch.cuda.FloatTensor": the
+       constants in those four functions become the CPU's names.
+    """
+    cpu_torch = _torch_without_cuda()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and vars(module).get("torch") is torch:
+            vars(module)["torch"] = cpu_torch
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
+    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+
+    compares_types: tuple[FunctionType, ...] = (
+        clip_grads.clip_grad_by_total_norm_fp32,
+        DistributedOptimizer.__init__,
+        DistributedOptimizer._build_model_and_main_param_groups.__func__,
+        Float16OptimizerWithFloat16Params.__init__,
+    )
+    for function in compares_types:
+        function.__code__ = _with_cpu_type_names(function.__code__)
+
+
+def _torch_without_cuda() -> ModuleType:
+    cuda = ModuleType("torch.cuda")
+    vars(cuda).update(vars(torch.cuda))
+    vars(cuda).update(
+        current_device=lambda: torch.device("cpu"),
+        manual_seed=lambda seed: None,
+        synchronize=lambda *args: None,
+    )
+
+    def on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = "cpu"
+            return function(*args, **kwargs)
+
+        return call
+
+    cpu_torch = ModuleType("torch")
+    vars(cpu_torch).update(vars(torch))
+    factories = ("tensor", "zeros", "ones", "empty", "full", "empty_like", "zeros_like", "arange")
+    vars(cpu_torch).update({name: on_cpu(getattr(torch, name)) for name in factories}, cuda=cuda)
+    vars(cpu_torch)["__getattr__"] = torch.__getattr__  # what torch itself imports on first use
+    return cpu_torch
+
+
+def _with_cpu_type_names(code: CodeType) -> CodeType:
+    def translate(constant: Any) -> Any:
+        if isinstance(constant, tuple):
+            return tuple(translate(item) for item in constant)
+        return constant.replace("torch.cuda.", "torch.") if isinstance(constant, str) else constant
+
+    return code.replace(co_consts=translate(code.co_consts))

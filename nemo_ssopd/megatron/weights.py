@@ -1,0 +1,184 @@
+"""Weights between Hugging Face names and Megatron-Core's shards, one tensor at a time.
+
+    load_hf_weights(model, hf, "models/Qwen3-8B", runtime)   # each rank reads its own slices
+    for name, tensor in hf_weights(model, hf, runtime):      # all ranks in step; adapters merged in
+        ...
+    for name, tensor in peft_weights(model, runtime):        # the adapters by themselves
+        ...
+
+Every Hugging Face tensor is, on each rank, a view into one Megatron parameter. That table is written once (`_shards`) and
+read in both directions: loading copies into the view, exporting gathers the views.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from safetensors import safe_open
+
+from nemo_ssopd.hf_config import HFModelConfig
+from nemo_ssopd.megatron.lora import ColumnAdapter, adapters
+from nemo_ssopd.megatron.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's part of one Hugging Face tensor.
+
+    >>> _Shard("model.layers.0.self_attn.q_proj.weight", view, dim=0, shape=(2048, 4096))   # tensor-parallel size 2
+    """
+
+    name: str
+    view: torch.Tensor
+    """Inside the Megatron parameter; its leading axes, flattened, are the rows."""
+    dim: int | None
+    """The axis along which ranks split the tensor; None when each holds all of it."""
+    shape: tuple[int, ...]
+    """Of this rank's part. Beside it, the embedding's last rows may be padding."""
+
+
+def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtime: Runtime) -> None:
+    """Fill `model` from the safetensors in `path`; ValueError, with names, for missing, extra or misshapen tensors."""
+    files = _tensor_files(Path(path))
+    shards = list(_shards(model, hf))
+    _check_names(Path(path), expected={shard.name for shard in shards}, found=set(files), tied=hf.tied)
+    with ExitStack() as stack, torch.no_grad():
+        handles = {
+            file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+            for file in sorted({files[shard.name] for shard in shards})
+        }
+        for shard in shards:
+            _load_shard(shard, handles[files[shard.name]].get_slice(shard.name), hf, runtime)
+
+
+def hf_weights(
+    model: GPTModel, hf: HFModelConfig, runtime: Runtime, *, merged: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of this pipeline stage, whole, under its Hugging Face name, in the model's dtype. Do not write to them.
+
+    `merged` adds the adapters, W + alpha / r B A, in float32. All ranks must iterate to the end.
+    """
+    deltas = {f"{adapter.hf_name}.weight": adapter for adapter in adapters(model)} if merged else {}
+    for shard in _shards(model, hf):
+        local = shard.view.detach().reshape(shard.shape)
+        if shard.name in deltas:
+            local = (local.float() + deltas[shard.name].delta()).to(local.dtype)
+        whole = local if shard.dim is None else runtime.gather_tp(local, shard.dim)
+        yield shard.name, whole[: hf.vocab_size] if _is_vocabulary(shard.name) else whole
+
+
+def peft_weights(model: GPTModel, runtime: Runtime) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every adapter matrix, whole, under the name that PEFT gives it. All ranks must iterate to the end."""
+    for adapter in adapters(model):
+        is_column = isinstance(adapter, ColumnAdapter)
+        a, b = adapter.A.detach(), adapter.B.detach()
+        prefix = f"base_model.model.{adapter.hf_name}"
+        yield f"{prefix}.lora_A.weight", a if is_column else runtime.gather_tp(a, dim=1)
+        yield f"{prefix}.lora_B.weight", runtime.gather_tp(b, dim=0) if is_column else b
+
+
+def _shards(model: GPTModel, hf: HFModelConfig) -> Iterator[_Shard]:
+    if model.pre_process:
+        yield _rows("model.embed_tokens.weight", model.embedding.word_embeddings.weight)
+    for layer in model.decoder.layers:
+        prefix = f"model.layers.{layer.layer_number - 1}"
+        attention, mlp = layer.self_attention, layer.mlp
+        yield _replicated(f"{prefix}.input_layernorm.weight", layer.input_layernorm.weight)
+        yield from _qkv(f"{prefix}.self_attn", "weight", attention.linear_qkv.weight, hf)
+        if hf.qkv_bias:
+            yield from _qkv(f"{prefix}.self_attn", "bias", attention.linear_qkv.bias, hf)
+        if hf.qk_norm:
+            yield _replicated(f"{prefix}.self_attn.q_norm.weight", attention.q_layernorm.weight)
+            yield _replicated(f"{prefix}.self_attn.k_norm.weight", attention.k_layernorm.weight)
+        yield _columns(f"{prefix}.self_attn.o_proj.weight", attention.linear_proj.weight)
+        yield _replicated(f"{prefix}.post_attention_layernorm.weight", layer.pre_mlp_layernorm.weight)
+        gate, up = mlp.linear_fc1.weight.chunk(2, dim=0)
+        yield _rows(f"{prefix}.mlp.gate_proj.weight", gate)
+        yield _rows(f"{prefix}.mlp.up_proj.weight", up)
+        yield _columns(f"{prefix}.mlp.down_proj.weight", mlp.linear_fc2.weight)
+    if model.post_process:
+        yield _replicated("model.norm.weight", model.decoder.final_layernorm.weight)
+        if not hf.tied:
+            yield _rows("lm_head.weight", model.output_layer.weight)
+
+
+def _qkv(prefix: str, kind: str, parameter: torch.Tensor, hf: HFModelConfig) -> Iterator[_Shard]:
+    """Megatron lays out one query group after the other: its query heads, then its key head, then its value head."""
+    per_group = hf.num_heads // hf.num_kv_heads
+    groups = parameter.view(-1, per_group + 2, hf.head_dim, *parameter.shape[1:])
+    parts = {"q_proj": groups[:, :per_group], "k_proj": groups[:, per_group], "v_proj": groups[:, per_group + 1]}
+    for projection, view in parts.items():
+        rows = view.numel() // parameter.shape[1:].numel()
+        yield _Shard(f"{prefix}.{projection}.{kind}", view, 0, (rows, *parameter.shape[1:]))
+
+
+def _replicated(name: str, parameter: torch.Tensor) -> _Shard:
+    return _Shard(name, parameter, None, tuple(parameter.shape))
+
+
+def _rows(name: str, parameter: torch.Tensor) -> _Shard:
+    return _Shard(name, parameter, 0, tuple(parameter.shape))
+
+
+def _columns(name: str, parameter: torch.Tensor) -> _Shard:
+    return _Shard(name, parameter, 1, tuple(parameter.shape))
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name in ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _load_shard(shard: _Shard, source: Any, hf: HFModelConfig, runtime: Runtime) -> None:
+    """`source` is a safetensors slice: indexing it reads just that part of the file."""
+    expected = list(shard.shape)
+    if shard.dim is not None:
+        expected[shard.dim] *= runtime.tp_size
+    if _is_vocabulary(shard.name):
+        expected[0] = hf.vocab_size
+    if source.get_shape() != expected:
+        raise ValueError(f"{shard.name} has shape {source.get_shape()} in the file, config.json asks for {expected}")
+    if shard.dim is None:
+        shard.view.copy_(source[:])
+    elif shard.dim == 1:
+        columns = shard.shape[1]
+        shard.view.copy_(source[:, runtime.tp_rank * columns : (runtime.tp_rank + 1) * columns])
+    else:
+        rows = shard.shape[0]
+        start = min(runtime.tp_rank * rows, expected[0])
+        stop = min(start + rows, expected[0])
+        if stop - start < rows:
+            shard.view.zero_()
+            shard.view[: stop - start].copy_(source[start:stop])
+        else:
+            shard.view.copy_(source[start:stop].view(shard.view.shape))
+
+
+def _tensor_files(path: Path) -> dict[str, str]:
+    """Tensor name -> the safetensors file that holds it."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: str(path / file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = path / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json: save it as safetensors")
+    with safe_open(single, framework="pt", device="cpu") as tensors:
+        return {name: str(single) for name in tensors.keys()}
+
+
+def _check_names(path: Path, *, expected: set[str], found: set[str], tied: bool) -> None:
+    missing = expected - found
+    # Older files carry a rotary buffer, or a second copy of a tied embedding.
+    ignored = {name for name in found if name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    extra = found - expected - ignored
+    if missing or extra:
+        raise ValueError(
+            f"the tensors in {path} do not fit its config.json: missing {sorted(missing) or 'none'}, "
+            f"unknown {sorted(extra) or 'none'}"
+        )

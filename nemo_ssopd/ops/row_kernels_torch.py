@@ -1,0 +1,239 @@
+"""The row kernels in plain torch, blocked for cache. `clipped_kl_triton` has the same ones for CUDA.
+
+Each walks over [T, W] logits in blocks of a few whole rows: one operation on a block runs on all cores and out of their
+caches, logits are read from memory once per kernel, and scratch is a few blocks, whatever T is.
+
+T tokens, W columns of the vocabulary on this rank, R rows of one block. Logarithms are in base 2 (`exp2` is the
+cheapest exponential on CPU and GPU alike); logits are scaled on the way in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+
+MAX_BLOCK_BYTES = 2**22  # a few of these stay in a last-level cache
+MIN_BLOCK_BYTES = 2**17  # below this torch does not even use a second core
+BLOCKS_PER_TENSOR = 64  # in between, four buffers of scratch are 3 % of the two logits tensors
+
+
+class RowNorm(NamedTuple):
+    """What turns a row of logits into log-probabilities: `log2 p = logits * log2(e) - max - log_sum`.
+
+    The two are kept apart: rounded to one fp32 number they would lose the small one when logits are near 1e4.
+    """
+
+    max_T: Tensor
+    log_sum_T: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64, for gradient checks; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def log2_p(logits_T: Tensor, norm: RowNorm) -> Tensor:
+    """Of one logit per row. In float64: the product with log2(e) must not be rounded before the max is subtracted."""
+    return (logits_T.double() * LOG2_E - norm.max_T - norm.log_sum_T).to(norm.max_T.dtype)
+
+
+def row_statistics(logits_TW: Tensor, with_entropy: bool) -> Tensor:
+    """[T, 3] of this shard: the row's max m, sum 2^(z - m), and sum 2^(z - m) * (z - m), with z = logits * log2(e).
+
+    The last one is what the entropy needs; it is zero when not asked for. A row without any finite logit has sum 0 and
+    the lowest finite max: it takes no mass when shards are merged.
+    """
+    stats_T3 = logits_TW.new_zeros(logits_TW.shape[0], 3, dtype=compute_dtype(logits_TW.dtype))
+    stats_T3[:, 0] = torch.finfo(stats_T3.dtype).min
+    for rows, (z_RW, power_RW) in _row_blocks(logits_TW, scratch=2):
+        max_R1 = _scaled_max(logits_TW[rows])
+        _write_scaled(logits_TW[rows], max_R1, z_RW)
+        sum_R1 = torch.exp2(z_RW, out=power_RW).sum(dim=1, keepdim=True)
+        weighted_R1 = _weighted_sum(z_RW, power_RW) if with_entropy else torch.zeros_like(sum_R1)
+        stats_T3[rows] = torch.cat([max_R1, sum_R1, weighted_R1], dim=1)
+    return stats_T3
+
+
+def write_logprob_gradient(
+    logits_TW: Tensor, norm: RowNorm, targets_T: Tensor, upstream_T: Tensor | None, out_TW: Tensor
+) -> None:
+    """out = upstream * ([v == target] - p(v)); `out_TW` may be `logits_TW` itself. No upstream counts as 1.
+
+    Targets are column numbers of this shard; one outside of [0, W) lies on another shard.
+    """
+    if logits_TW.numel() == 0:
+        return
+    owned_T = (targets_T >= 0) & (targets_T < logits_TW.shape[1])
+    columns_T1 = targets_T.clamp(0, logits_TW.shape[1] - 1).unsqueeze(1)
+    # 1 - p from its logarithm: read back from `out`, a p near 1 would be rounded to the dtype of the logits.
+    target_grad_T = -torch.expm1(log2_p(logits_TW.gather(1, columns_T1).squeeze(1), norm) * LN_2)
+    for rows, (p_RW,) in _row_blocks(logits_TW, scratch=1):
+        _write_log2_p(logits_TW[rows], norm, rows, p_RW)
+        p_RW.exp2_().mul_(-1.0 if upstream_T is None else -upstream_T[rows, None])
+        out_TW[rows] = p_RW
+    if upstream_T is not None:
+        target_grad_T = target_grad_T * upstream_T
+    target_grad_T = torch.where(owned_T, target_grad_T.to(out_TW.dtype), out_TW.gather(1, columns_T1).squeeze(1))
+    out_TW.scatter_(1, columns_T1, target_grad_T.unsqueeze(1))
+
+
+def kl_sums(
+    student_TW: Tensor, teacher_TW: Tensor, student: RowNorm, teacher: RowNorm, clip: float, with_stats: bool
+) -> Tensor:
+    """[T, 4] sums over this shard's columns: clipped KL, teacher mass on U, KL (both KL in nats), 1 if any is clipped.
+
+    U = {v : p_T log(p_T / p_S) < clip}. The last is zero when statistics are not asked for.
+    """
+    sums_T4 = student_TW.new_zeros(student_TW.shape[0], 4, dtype=compute_dtype(student_TW.dtype))
+    for rows, (student_RW, teacher_RW, p_RW) in _row_blocks(student_TW, scratch=3):
+        _write_log2_p(student_TW[rows], student, rows, student_RW)
+        _write_log2_p(teacher_TW[rows], teacher, rows, teacher_RW)
+        torch.exp2(teacher_RW, out=p_RW)
+        minus_kl_RW = student_RW.sub_(teacher_RW).mul_(p_RW)
+        sums_T4[rows] = torch.cat(_sums_of_block(minus_kl_RW, p_RW, clip, with_stats), dim=1)
+    return _to_kl_sums(sums_T4, clip)
+
+
+def write_kl_gradient(
+    student_TW: Tensor,
+    teacher_TW: Tensor,
+    student: RowNorm,
+    teacher: RowNorm,
+    unclipped_mass_T: Tensor,
+    clip: float,
+    upstream_T: Tensor | None,
+    out_TW: Tensor,
+) -> None:
+    """out = upstream * (P_U * p_S(v) - p_T(v) * [v in U]); `out_TW` may be `student_TW`. No upstream counts as 1."""
+    for rows, (student_RW, teacher_RW, p_RW) in _row_blocks(student_TW, scratch=3):
+        _write_log2_p(student_TW[rows], student, rows, student_RW)
+        _write_log2_p(teacher_TW[rows], teacher, rows, teacher_RW)
+        torch.exp2(teacher_RW, out=p_RW)
+        minus_kl_RW = torch.sub(student_RW, teacher_RW, out=teacher_RW).mul_(p_RW)
+        _zero_where_clipped(p_RW, minus_kl_RW, clip)
+        student_RW.exp2_().mul_(unclipped_mass_T[rows, None]).sub_(p_RW)
+        if upstream_T is not None:
+            student_RW.mul_(upstream_T[rows, None])
+        out_TW[rows] = student_RW
+
+
+def sweep_whole_rows(
+    student_TW: Tensor, teacher_TW: Tensor, clip: float, with_stats: bool, grad_TW: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of the above at once, where one rank holds whole rows: `row_statistics` of both models, and `kl_sums`.
+
+    Writes the gradient for an upstream gradient of 1 into `grad_TW`, which may be `student_TW`. Exponentials are what
+    a CPU spends its time on: while a block is in cache each is taken once, where the separate kernels take it thrice.
+    """
+    dtype = compute_dtype(student_TW.dtype)
+    rows_T10 = student_TW.new_zeros(student_TW.shape[0], 10, dtype=dtype)
+    for rows, (student_z_RW, teacher_z_RW, minus_kl_RW, spare_RW) in _row_blocks(student_TW, scratch=4):
+        grad_RW = None if grad_TW is None else grad_TW[rows]
+        if grad_RW is not None and grad_RW.dtype == dtype:
+            student_z_RW = grad_RW
+        student_max_R1, teacher_max_R1 = _scaled_max(student_TW[rows]), _scaled_max(teacher_TW[rows])
+        _write_scaled(teacher_TW[rows], teacher_max_R1, teacher_z_RW)
+        _write_scaled(student_TW[rows], student_max_R1, student_z_RW)
+        torch.sub(student_z_RW, teacher_z_RW, out=minus_kl_RW)
+
+        teacher_p_RW = torch.exp2(teacher_z_RW, out=spare_RW)
+        teacher_sum_R1 = teacher_p_RW.sum(dim=1, keepdim=True)
+        teacher_weighted_R1 = _weighted_sum(teacher_z_RW, teacher_p_RW) if with_stats else teacher_sum_R1
+        student_p_RW = torch.exp2(student_z_RW, out=teacher_z_RW)
+        student_sum_R1 = student_p_RW.sum(dim=1, keepdim=True)
+        student_weighted_R1 = _weighted_sum(student_z_RW, student_p_RW) if with_stats else student_sum_R1
+
+        teacher_p_RW.div_(teacher_sum_R1)
+        minus_kl_RW.add_(torch.log2(teacher_sum_R1 / student_sum_R1)).mul_(teacher_p_RW)
+        sums = _sums_of_block(minus_kl_RW, teacher_p_RW, clip, with_stats)
+        if grad_RW is not None:
+            student_p_RW.mul_(sums.unclipped_mass_R1 / student_sum_R1)
+            _write_difference(student_p_RW, teacher_p_RW, grad_RW)
+        student_stats = (student_max_R1, student_sum_R1, student_weighted_R1)
+        teacher_stats = (teacher_max_R1, teacher_sum_R1, teacher_weighted_R1)
+        rows_T10[rows] = torch.cat([*student_stats, *teacher_stats, *sums], dim=1)
+    return rows_T10[:, :3], rows_T10[:, 3:6], _to_kl_sums(rows_T10[:, 6:], clip)
+
+
+def _row_blocks(logits_TW: Tensor, scratch: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Cover [T, W] with blocks of whole rows: yields (rows, `scratch` buffers of the block's shape)."""
+    num_tokens, width = logits_TW.shape
+    if width == 0:
+        return
+    dtype = compute_dtype(logits_TW.dtype)
+    bytes_of_logits = num_tokens * width * logits_TW.element_size()
+    block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, bytes_of_logits // BLOCKS_PER_TENSOR))
+    block_rows = min(max(1, block_bytes // (width * dtype.itemsize)), num_tokens)
+    buffers = logits_TW.new_empty(scratch, block_rows, width, dtype=dtype)
+    for start in range(0, num_tokens, max(1, block_rows)):
+        rows = slice(start, min(start + block_rows, num_tokens))
+        yield rows, buffers[:, : rows.stop - start].unbind(0)
+
+
+def _scaled_max(logits_RW: Tensor) -> Tensor:
+    """[R, 1]: max * log2(e), in the compute dtype. Kept finite: -inf would turn a row of -inf into inf - inf."""
+    max_R1 = logits_RW.amax(dim=1, keepdim=True).to(compute_dtype(logits_RW.dtype))
+    return max_R1.mul_(LOG2_E).clamp_(min=torch.finfo(max_R1.dtype).min)
+
+
+def _write_scaled(logits_RW: Tensor, max_R1: Tensor, out_RW: Tensor) -> None:
+    """out = logits * log2(e) - max, as one fused multiply-add."""
+    if logits_RW.dtype != out_RW.dtype:
+        logits_RW = out_RW.copy_(logits_RW)
+    torch.add(-max_R1, logits_RW, alpha=LOG2_E, out=out_RW)
+
+
+def _write_log2_p(logits_RW: Tensor, norm: RowNorm, rows: slice, out_RW: Tensor) -> None:
+    _write_scaled(logits_RW, norm.max_T[rows, None], out_RW)
+    out_RW.sub_(norm.log_sum_T[rows, None])
+
+
+def _write_difference(left_RW: Tensor, right_RW: Tensor, out_RW: Tensor) -> None:
+    """out = left - right, rounded to the dtype of `out`. Overwrites `left`."""
+    if out_RW.dtype == left_RW.dtype:
+        torch.sub(left_RW, right_RW, out=out_RW)
+    else:
+        out_RW.copy_(left_RW.sub_(right_RW))
+
+
+def _weighted_sum(z_RW: Tensor, power_RW: Tensor) -> Tensor:
+    """[R, 1]: sum of 2^z * z. Overwrites z. 2^-2000 is 0 even in float64, and 0 * -2000 is 0 where 0 * -inf is not."""
+    return z_RW.clamp_(min=-2000.0).mul_(power_RW).sum(dim=1, keepdim=True)
+
+
+class _BlockSums(NamedTuple):
+    minus_clipped_kl_R1: Tensor
+    unclipped_mass_R1: Tensor
+    minus_kl_R1: Tensor
+    least_R1: Tensor
+
+
+def _sums_of_block(minus_kl_RW: Tensor, p_RW: Tensor, clip: float, with_stats: bool) -> _BlockSums:
+    """Of a block in base 2. Overwrites both arguments: p becomes p * [v in U]."""
+    minus_kl_R1 = minus_kl_RW.sum(dim=1, keepdim=True)
+    if minus_kl_R1.isnan().any():  # 0 * inf, from logits of -inf: what the teacher gives no mass contributes nothing
+        minus_kl_RW.masked_fill_(p_RW == 0, 0.0)
+        minus_kl_R1 = minus_kl_RW.sum(dim=1, keepdim=True)
+    least_R1 = minus_kl_RW.amin(dim=1, keepdim=True) if with_stats else torch.full_like(minus_kl_R1, torch.inf)
+    unclipped_mass_R1 = _zero_where_clipped(p_RW, minus_kl_RW, clip).sum(dim=1, keepdim=True)
+    minus_clipped_kl_R1 = minus_kl_RW.clamp_(min=-clip * LOG2_E).sum(dim=1, keepdim=True)
+    return _BlockSums(minus_clipped_kl_R1, unclipped_mass_R1, minus_kl_R1, least_R1)
+
+
+def _to_kl_sums(block_sums_T4: Tensor, clip: float) -> Tensor:
+    """`_BlockSums` of all rows -> what `kl_sums` returns."""
+    minus_clipped_T, unclipped_mass_T, minus_kl_T, least_T = block_sums_T4.unbind(1)
+    was_clipped_T = (least_T <= -clip * LOG2_E).to(least_T.dtype)
+    return torch.stack([minus_clipped_T * -LN_2, unclipped_mass_T, minus_kl_T * -LN_2, was_clipped_T], dim=1)
+
+
+def _zero_where_clipped(p_RW: Tensor, minus_kl_RW: Tensor, clip: float) -> Tensor:
+    """p where -kl > -clip, else 0, in place. The backward of relu is the one masked select that torch vectorises."""
+    return torch.ops.aten.threshold_backward.grad_input(p_RW, minus_kl_RW, -clip * LOG2_E, grad_input=p_RW)

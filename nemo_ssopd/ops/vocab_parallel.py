@@ -1,0 +1,162 @@
+"""What the vocab-parallel operations share: the shards of a vocabulary, their collectives, and the kernel dispatch.
+
+T tokens, C tokens of one chunk, H hidden size, V vocabulary, W columns of V on this rank, N ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_ssopd.ops import row_kernels_torch
+from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype
+
+
+def row_kernels(device: torch.device) -> ModuleType:
+    """The one dispatch point: Triton on CUDA, tiled torch elsewhere. Both modules have the same four functions."""
+    return row_kernels_torch
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """How to make logits from hidden states: `hidden @ weight.T / temperature`, a chunk of tokens at a time.
+
+    Example: temperature 1.1, two ranks of 4 columns and a vocabulary of 7: on rank 1, shard is slice(4, 7).
+    """
+
+    temperature: float
+    group: dist.ProcessGroup | None
+    chunk_tokens: int
+    shard: slice  # global vocabulary ids of this rank's columns, without padding
+
+    @property
+    def width(self) -> int:
+        return self.shard.stop - self.shard.start
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        for start in range(0, num_tokens, self.chunk_tokens):
+            yield slice(start, min(start + self.chunk_tokens, num_tokens))
+
+    def buffer(self, hidden_TH: Tensor) -> Tensor:
+        """Room for the logits of one chunk."""
+        return hidden_TH.new_empty(min(self.chunk_tokens, hidden_TH.shape[0]), self.width)
+
+    def logits(self, hidden_CH: Tensor, weight_WH: Tensor, buffer_CW: Tensor) -> Tensor:
+        """Over the buffer. The division by the temperature is the matrix product's own scale."""
+        out_CW = buffer_CW[: hidden_CH.shape[0]]
+        return torch.addmm(
+            out_CW, hidden_CH, weight_WH[: self.width].t(), beta=0.0, alpha=1.0 / self.temperature, out=out_CW
+        )
+
+    def write_hidden_gradient(self, grad_logits_CW: Tensor, weight_WH: Tensor, out_CH: Tensor) -> None:
+        """This shard's part only: it still has to be summed over the group."""
+        torch.addmm(
+            out_CH, grad_logits_CW, weight_WH[: self.width], beta=0.0, alpha=1.0 / self.temperature, out=out_CH
+        )
+
+
+class LinearGradients:
+    """Sums the gradients of hidden states and weight over chunks, where the weight's is asked for too."""
+
+    def __init__(self, layer: OutputLayer, hidden_TH: Tensor, weight_WH: Tensor, needs_hidden: bool):
+        self.layer, self.hidden_TH, self.weight_WH = layer, hidden_TH, weight_WH
+        self.grad_hidden_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        # Low-precision chunks are summed in float32, as Megatron does over micro-batches.
+        self.grad_weight_WH = torch.zeros_like(weight_WH, dtype=compute_dtype(weight_WH.dtype))
+
+    def add(self, grad_logits_CW: Tensor, rows: slice) -> None:
+        if self.grad_hidden_TH is not None:
+            self.layer.write_hidden_gradient(grad_logits_CW, self.weight_WH, self.grad_hidden_TH[rows])
+        scale = 1.0 / self.layer.temperature
+        sum_WH = self.grad_weight_WH[: self.layer.width]  # padded rows keep their zeros
+        if sum_WH.dtype == grad_logits_CW.dtype:
+            sum_WH.addmm_(grad_logits_CW.t(), self.hidden_TH[rows], alpha=scale)
+        else:
+            sum_WH.add_(grad_logits_CW.t() @ self.hidden_TH[rows], alpha=scale)
+
+    def finish(self) -> tuple[Tensor | None, Tensor]:
+        if self.grad_hidden_TH is not None:
+            sum_shards(self.grad_hidden_TH, self.layer.group)
+        return self.grad_hidden_TH, self.grad_weight_WH.to(self.weight_WH.dtype)
+
+
+def scale_hidden_gradient(unit_grad_TH: Tensor, upstream_T: Tensor, layer: OutputLayer) -> Tensor:
+    """The gradient computed in the forward for an upstream gradient of 1, for the real one, summed over the group."""
+    grad_TH = torch.mul(unit_grad_TH, upstream_T.unsqueeze(1), out=torch.empty_like(unit_grad_TH))
+    return sum_shards(grad_TH, layer.group)
+
+
+def output_layer(
+    hidden_TH: Tensor,
+    weight_WH: Tensor,
+    *,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+    chunk_tokens: int,
+    vocab_size: int | None,
+) -> OutputLayer:
+    """Checks what a caller can get wrong, and finds out which columns are this rank's."""
+    if hidden_TH.dim() != 2 or weight_WH.dim() != 2 or hidden_TH.shape[1] != weight_WH.shape[1]:
+        raise ValueError(
+            f"hidden must be [T, H] and weight [W, H], got {tuple(hidden_TH.shape)} and {tuple(weight_WH.shape)}; "
+            "flatten the sequence and batch dimensions first"
+        )
+    if hidden_TH.dtype != weight_WH.dtype:
+        raise ValueError(f"hidden is {hidden_TH.dtype} but weight is {weight_WH.dtype}; cast one of them")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    shard = shard_columns(weight_WH.shape[0], vocab_size, group, weight_WH.device)
+    return OutputLayer(temperature, group, chunk_tokens, shard)
+
+
+def shard_columns(width: int, vocab_size: int | None, group: dist.ProcessGroup | None, device: torch.device) -> slice:
+    """Global vocabulary ids of this rank's columns, padding left out. Shards may differ in width: it is exchanged."""
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size must be at least 1, got {vocab_size}; None means that no column is padding")
+    widths_N = gather_shards(torch.tensor([width], device=device), group).flatten().tolist()
+    rank = 0 if group is None else dist.get_rank(group)
+    start = sum(widths_N[:rank])
+    stop = start + width if vocab_size is None else min(start + width, max(start, vocab_size))
+    if vocab_size is not None and vocab_size > sum(widths_N):
+        raise ValueError(f"vocab_size is {vocab_size}, but the shards hold only {sum(widths_N)} columns")
+    return slice(start, stop)
+
+
+def has_whole_rows(group: dist.ProcessGroup | None) -> bool:
+    return group is None or dist.get_world_size(group) == 1
+
+
+def gather_shards(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[...] on each rank -> [N, ...] on all of them, in rank order, so that all ranks compute the same bits."""
+    if has_whole_rows(group):
+        return tensor.unsqueeze(0)
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, tensor, group=group)
+    return torch.stack(gathered)
+
+
+def sum_shards(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-reduce in place; returns its argument."""
+    if not has_whole_rows(group):
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def norm_and_entropy(stats_NT3: Tensor) -> tuple[RowNorm, Tensor]:
+    """`row_statistics` of all N shards -> what normalises the whole rows, and their entropy [T] in nats."""
+    max_NT, sum_NT, weighted_NT = stats_NT3.unbind(-1)
+    max_T = max_NT.amax(dim=0)
+    shift_NT = torch.where(sum_NT > 0, max_NT - max_T, 0.0)
+    scale_NT = torch.exp2(shift_NT)
+    sum_T = (sum_NT * scale_NT).sum(dim=0)
+    weighted_T = ((weighted_NT + sum_NT * shift_NT) * scale_NT).sum(dim=0)
+    log_sum_T = torch.log2(sum_T)
+    return RowNorm(max_T, log_sum_T), (log_sum_T - weighted_T / sum_T) * LN_2

@@ -1,0 +1,1 @@
+"""Rollouts: the inference engine that samples completions, and the verifier that rewards them."""

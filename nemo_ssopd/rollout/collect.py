@@ -1,0 +1,106 @@
+"""From prompts to graded completions: what training and evaluation share.
+
+Rank agreement: a tensor-parallel group works on the same prompts. Its engines share them, every rank then
+holds all completions, and the first rank grades them and broadcasts the verdicts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from nemo_ssopd.rollout.engine import RolloutEngine
+from nemo_ssopd.rollout.verifier import MathVerifier, Verdict
+from nemo_ssopd.types import Completion
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. Training uses the temperature alone, so that the policy ratio stays unbiased.
+
+    >>> Sampling(temperature=1.1, max_new_tokens=16000)
+    """
+
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+def request_seed(*parts: object) -> int:
+    """A seed for one request from what identifies it, the same on every rank and after a restart.
+
+    >>> request_seed(1, "train", 17, "p-3", 0) == request_seed(1, "train", 17, "p-3", 0)
+    True
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1  # vLLM takes signed 32-bit seeds at the least
+
+
+class RolloutCollector:
+    """Generates with every engine of one tensor-parallel group, and grades with one verifier per group.
+
+    `verifier` is None on all ranks of the group but the first.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        verifier: MathVerifier | None,
+        tokenizer: Any,
+        *,
+        stop_token_ids: tuple[int, ...],
+        engine_tensor: int,
+        group: dist.ProcessGroup,
+    ) -> None:
+        self.engine = engine
+        self._verifier = verifier
+        self._tokenizer = tokenizer
+        self._stop_token_ids = stop_token_ids
+        self._engine_tensor = engine_tensor
+        self._group = group
+
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], *, seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """For each prompt one completion per seed, text included; the same list on every rank of the group."""
+        engines = self._group.size() // self._engine_tensor
+        mine = range(self._group.rank() // self._engine_tensor, len(prompts), engines)
+        requests = [(prompts[p], seed) for p in mine for seed in seeds[p]]
+        completions = iter(
+            self.engine.generate(
+                [prompt for prompt, _ in requests],
+                seeds=[seed for _, seed in requests],
+                temperature=sampling.temperature,
+                max_new_tokens=sampling.max_new_tokens,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                stop_token_ids=self._stop_token_ids,
+            )
+        )
+        local = {p: [self._decoded(next(completions)) for _ in seeds[p]] for p in mine}
+        gathered: list[dict[int, list[Completion]]] = [{} for _ in range(self._group.size())]
+        dist.all_gather_object(gathered, local, group=self._group)
+        by_prompt = {p: group for part in gathered for p, group in part.items()}
+        return [by_prompt[p] for p in range(len(prompts))]
+
+    def _decoded(self, completion: Completion) -> Completion:
+        return replace(completion, text=self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+
+    def grade(self, completions: Sequence[Completion], golds: Sequence[str]) -> list[Verdict]:
+        """One verdict per completion; the same list on every rank of the group."""
+        verdicts: list[Any] = [None]
+        if self._verifier is not None:
+            verdicts = [self._verifier.grade([completion.text for completion in completions], golds)]
+        dist.broadcast_object_list(verdicts, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return verdicts[0]
+
+    def close(self) -> None:
+        if self._verifier is not None:
+            self._verifier.close()

@@ -1,0 +1,376 @@
+"""The grading recipe for one boxed answer, and the worker process that applies it.
+
+Two halves:
+
+1. String code, imported by the trainer (`verifier.py`): `last_box`, `canonical` and `decide`. It is linear in the text,
+   imports nothing heavy, and settles most answers.
+2. The worker, run as `python grading.py ARGUMENTS`. It imports math-verify once, then grades in a forked child. A child
+   that runs out of CPU time is killed by the kernel (SIGPROF) wherever it is, in the middle of a huge power too; one
+   that segfaults dies alone. Its successor is forked in milliseconds from the same warm image, where a new process
+   would import for a second. A child is also replaced after `ANSWERS_PER_CHILD`, so sympy's caches cannot grow.
+
+trainer <-- length-prefixed JSON over stdin and stdout --> worker <-- the same over a socket pair --> child.
+`docs/verifier.md` explains the recipe and its limits.
+"""
+
+import gc
+import json
+import logging
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import unicodedata
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+MAX_BOX_CHARS = 512
+BOX_TRIES = 16  # how many `\boxed` are looked at, from the last one back
+MAX_NESTING = 16
+MAX_POWER_NESTING = 2
+MAX_DIGIT_RUN = 79
+MAX_FACTORIALS = 8
+ANSWERS_PER_CHILD = 256
+
+# ------------------------------------------------------------------------------------------------ extraction
+
+
+def last_box(text: str) -> tuple[str | None, str]:
+    r"""The content of the last balanced `\boxed{...}`, and "" or the reason why there is none.
+
+    >>> last_box(r"so \boxed{7}, no: \boxed {\frac{1}{2}} and then \boxed{")
+    ('\\frac{1}{2}', '')
+    >>> last_box("the answer is 42")
+    (None, 'no_box')
+    """
+    reason = "no_box"
+    end = len(text)
+    for _ in range(BOX_TRIES):
+        start = text.rfind("\\boxed", 0, end)
+        if start < 0:
+            break
+        end = start
+        window = text[start + len("\\boxed") : start + len("\\boxed") + MAX_BOX_CHARS + 16].lstrip()
+        if not window.startswith("{"):
+            continue
+        close = _closing_brace(window)
+        if close is None or close - 1 > MAX_BOX_CHARS:
+            if len(window) > MAX_BOX_CHARS:
+                reason = "too_long"
+            continue
+        inside = window[1:close].strip(" \t\r\n\u00a0")
+        return (inside, "") if inside else (None, "no_box")
+    return None, reason
+
+
+def _closing_brace(text: str) -> int | None:
+    """Index of the brace that closes `text[0]`; a backslash escapes the character after it."""
+    depth, index = 0, 0
+    while index < len(text):
+        if text[index] == "\\":
+            index += 2
+            continue
+        if text[index] == "{":
+            depth += 1
+        elif text[index] == "}":
+            depth -= 1
+            if depth == 0:
+                return index
+        index += 1
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ canonical form
+
+_CHARACTERS = str.maketrans(
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi "}
+    | dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f\u3000", " ")
+)
+_REWRITES = [
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in [
+        (r"\\(?:left|right)(?![a-zA-Z.])", ""),
+        (r"\\(?:displaystyle|textstyle)(?![a-zA-Z])|\\?\$", ""),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:mathrm|text|rm)\s*\{\s*(e|i)\s*\}", r"\1"),
+        (r"(?<=[0-9])(?:,\s*\\!|\{,\}|\\[,;: ])\s*(?=[0-9]{3}(?![0-9]))", ""),  # 10,\!080 and 10{,}080 and 2\,304
+        (r"\\!", ""),
+        (r"\\sqrt\s*([0-9]+)", r"\\sqrt{\1}"),
+        (r"\\frac\s*([0-9])\s*(?:([0-9])|(\\[a-zA-Z]+))", r"\\frac{\1}{\2\3}"),
+        (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),
+    ]
+]
+# A space means nothing unless it separates two words or two numbers; after a comma there is always one, so that the
+# pair "32, 349" stays apart from the number "32,349".
+_SPACES = re.compile(r"\s*,\s*|(?<![0-9a-zA-Z\\\s])\s+|\s+(?![0-9a-zA-Z\s])", re.ASCII)
+_GROUPED_NUMBER = re.compile(r"[-+]?[0-9]{1,3}([, ])[0-9]{3}(?:\1[0-9]{3})*(?:\.[0-9]+)?")
+_INTEGER = re.compile(r"[-+]?[0-9]{1,512}")
+_IN_BASE = re.compile(r"[0-9a-zA-Z]+_(?:[0-9]|\{[0-9]+\})")
+_NOT_A_VALUE = re.compile(r"[,;=<>]|\\(?:mp|text|in|le|ge|or|and)")
+
+
+def canonical(side: str) -> str:
+    r"""One spelling for what differs only in typesetting, with what math-verify misreads rewritten for it.
+
+    >>> [canonical(side) for side in (r"10,\!080", r"\dfrac2\pi", r"\left( 3,4 \right).", r"\frac{1\pm x}{2}")]
+    ['10080', '\\frac{2}{\\pi}', '(3, 4)', '\\{\\frac{1+x}{2}, \\frac{1-x}{2}\\}']
+    """
+    text = side.translate(_CHARACTERS)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = text.strip()
+    while text and text[-1] in ".,;" and not text.endswith("\\" + text[-1]):
+        text = text[:-1].rstrip()
+    if _GROUPED_NUMBER.fullmatch(text):
+        return text.replace(",", "").replace(" ", "")
+    text = _SPACES.sub(lambda match: ", " if "," in match[0] else "", text)
+    if text.count(r"\pm") == 1 and not _NOT_A_VALUE.search(text):
+        before, after = text.split(r"\pm")
+        return rf"\{{{before}+{after.lstrip()}, {before}-{after.lstrip()}\}}"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ decision
+
+
+def decide(answer: str, gold: str) -> str:
+    """The verdict that string code can give on two canonical sides, or "" when only sympy can tell.
+
+    >>> decide("042", "42"), decide("41", "42"), decide("9^{9^{9^9}}", "42"), decide("0.5", "1/2")
+    ('correct', 'wrong', 'refused', '')
+    """
+    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs") for character in answer):
+        return "refused"
+    if not answer:
+        return "wrong"
+    if answer == gold:
+        return "correct"
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
+        return "correct" if int(answer) == int(gold) else "wrong"
+    if _IN_BASE.fullmatch(answer) and _IN_BASE.fullmatch(gold):
+        return "wrong"  # math-verify ignores the base: 204_7 would equal 204_5
+    if is_dangerous(answer) or is_dangerous(gold) or _operators(answer) - _operators(gold):
+        return "refused"
+    return ""
+
+
+def _operators(side: str) -> set[str]:
+    r"""What turns a restated problem into its solution when sympy evaluates it: \int, \sum, \prod, \lim."""
+    return set(re.findall(r"\\(?:i*int|oint|sum|prod|coprod|lim(?:sup|inf)?)(?![a-zA-Z])", side))
+
+
+_DIGIT_RUN = re.compile(rf"[0-9]{{{MAX_DIGIT_RUN + 1},}}")
+_HUGE_EXPONENT = re.compile(r"(?:\^[\s{(]*[-+]?[\s{(]*|[0-9]\s*[eE]\s*[-+]?)[0-9]{5,}")
+_HUGE_FACTORIAL = re.compile(r"[0-9]{4,}[\s)}\]]*!|![\s)}\]]*!")
+_HUGE_BINOMIAL = re.compile(r"\\[dt]?binom\s*(?:\{[^{}]*\})?\s*\{?[^{}]*[0-9]{4,}")
+
+
+def is_dangerous(side: str) -> bool:
+    """Forms that cost sympy seconds or gigabytes and that no answer key uses."""
+    factorials = side.count("!") + side.count("binom")
+    return (
+        len(side) > 2 * MAX_BOX_CHARS
+        or _nesting(side) > MAX_NESTING
+        or _power_nesting(side) > MAX_POWER_NESTING
+        or bool(_DIGIT_RUN.search(side))
+        or bool(_HUGE_EXPONENT.search(side))
+        or bool(_HUGE_FACTORIAL.search(side))
+        or bool(_HUGE_BINOMIAL.search(side))
+        or factorials > MAX_FACTORIALS
+        or (factorials > 0 and _power_nesting(side) > 1)
+    )
+
+
+def _nesting(side: str) -> int:
+    depth, deepest = 0, side.count("|")  # a bar opens or closes: only sympy's parser can tell, at great cost
+    for character in side:
+        if character in "{([":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "})]":
+            depth -= 1
+    return deepest
+
+
+def _power_nesting(side: str) -> int:
+    """How deep exponents stand in exponents: 1 for x^2, 2 for 2^{3^4} and for 2^3^4."""
+    deepest = 0
+    open_powers: list[int] = []  # brace depth at which each enclosing exponent opened
+    depth, chain = 0, 0
+    for index, character in enumerate(side):
+        if character == "{":
+            depth += 1
+            if index and side[index - 1] == "^":
+                open_powers.append(depth)
+        elif character == "}":
+            if open_powers and open_powers[-1] == depth:
+                open_powers.pop()
+            depth -= 1
+        elif character == "^":
+            chain = chain + 1 if re.search(r"\^\s*[0-9a-zA-Z]$", side[max(0, index - 4) : index]) else 1
+            deepest = max(deepest, len(open_powers) + chain)
+    return deepest
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def write_message(fd: int, message: dict[str, object]) -> None:
+    payload = json.dumps(message).encode("ascii")  # ASCII escapes carry any string, lone surrogates included
+    data = struct.pack("!I", len(payload)) + payload
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def read_message(fd: int, read: Callable[[int, int], bytes] = os.read) -> dict[str, object] | None:
+    """The next message, or None at end of file."""
+    header = _read_exactly(fd, 4, read)
+    payload = header and _read_exactly(fd, struct.unpack("!I", header)[0], read)
+    return json.loads(payload) if payload else None
+
+
+def _read_exactly(fd: int, size: int, read: Callable[[int, int], bytes]) -> bytes | None:
+    data = b""
+    while len(data) < size:
+        chunk = read(fd, size - len(data))
+        if not chunk:
+            return None
+        data += chunk
+    return data
+
+
+# ------------------------------------------------------------------------------------------------ worker process
+
+OUT_OF_MEMORY = 12  # exit code of a child
+_WARM_UP = [
+    r"\frac{1}{2}+\sqrt{3}\pi", r"(1,2)", r"\left[\frac{\pi^2}{8},\infty\right)", r"x^2-3x+1=0", r"\{1,2\}", r"28\%",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\text{Evelyn}", r"1\pm\sqrt{2}", r"90^\circ", r"x\le 5", r"10!", "a,b",
+    r"(-\infty,2)\cup(3,4)", r"0.25", r"2^{10}\cdot 3", r"x\in[-2,7]", r"|x|", r"\binom{5}{2}", r"\sin x", "4210_5",
+]  # fmt: skip
+
+
+def _math_verify() -> Callable[[str, str], bool]:
+    """Import math-verify (one second) and return the comparison of an answer with a gold."""
+    from latex2sympy2_extended.latex2sympy2 import PSParser  # type: ignore[import-untyped]
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy.core.random import seed
+
+    logging.disable(logging.CRITICAL)
+    seed(0)
+    # Under antlr4 4.9 the grammar lacks this method and every percent answer fails; under 4.13 it is there.
+    if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
+        PSParser.AtomContext.FUNC_GAMMA = lambda self: None
+    latex_only = [LatexExtractionConfig(boxed_match_priority=0)]  # the expression extractor takes embedded numbers
+
+    @lru_cache(ANSWERS_PER_CHILD)
+    def parsed(side: str) -> list[Any]:
+        # Without a box, "8\sqrt{10}" parses as 8. No timeouts of theirs: they use SIGALRM and can be swallowed.
+        return parse(r"\boxed{" + side + "}", latex_only, parsing_timeout=None)
+
+    def is_equal(answer: str, gold: str) -> bool:
+        return bool(
+            verify(
+                parsed(gold), parsed(answer), float_rounding=6, numeric_precision=15, strict=True, timeout_seconds=None
+            )
+        )
+
+    return is_equal
+
+
+def _reason(status: int) -> str:
+    """Why a child ended that owed an answer, from its wait status."""
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        return "timeout"
+    return "memory" if os.WIFEXITED(status) and os.WEXITSTATUS(status) == OUT_OF_MEMORY else "crash"
+
+
+class _Child:
+    """A forked process that grades until it is killed or closed."""
+
+    def __init__(self, is_equal: Callable[[str, str], bool], cpu_s: float) -> None:
+        ours, theirs = socket.socketpair()
+        self.answers = 0
+        self._pid = os.fork()
+        if self._pid == 0:
+            ours.close()
+            try:
+                _grade_until_closed(theirs.fileno(), is_equal, cpu_s)
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._socket = ours
+
+    def grade(self, request: dict[str, object]) -> tuple[str, bool]:
+        """The reason, and whether the child lives on."""
+        self.answers += 1
+        write_message(self._socket.fileno(), request)
+        reply = read_message(self._socket.fileno())
+        if reply is not None:
+            return str(reply["reason"]), True
+        return _reason(self.close()), False
+
+    def close(self) -> int:
+        self._socket.close()
+        return os.waitpid(self._pid, 0)[1]
+
+
+def _grade_until_closed(fd: int, is_equal: Callable[[str, str], bool], cpu_s: float) -> None:
+    while (request := read_message(fd)) is not None:
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)  # SIGPROF has no handler here: the kernel ends the process
+        try:
+            reason = "correct" if is_equal(str(request["answer"]), str(request["gold"])) else "wrong"
+        except MemoryError:
+            raise
+        except Exception:  # whatever else math-verify and sympy raise on an answer: it does not match
+            reason = "wrong"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        write_message(fd, {"reason": reason})
+
+
+def serve(requests: int, replies: int, trainer_pid: int, cpu_s: float) -> None:
+    """Grade until the trainer closes the pipe or is gone."""
+
+    def read_while_trainer_lives(fd: int, size: int) -> bytes:
+        # A forked relative of the trainer may hold the pipe open after the trainer's death: look at the parent too.
+        while not select.select([fd], [], [], 1.0)[0]:
+            if os.getppid() != trainer_pid:
+                return b""
+        return os.read(fd, size)
+
+    is_equal = _math_verify()
+    for example in _WARM_UP:
+        is_equal(example, example)
+    gc.collect()
+    gc.freeze()  # keeps the collector in the children from touching, so copying, the shared pages
+    write_message(replies, {"ready": True})
+    child = None
+    while (request := read_message(requests, read_while_trainer_lives)) is not None:
+        if child is not None and child.answers >= ANSWERS_PER_CHILD:
+            child.close()
+            child = None
+        child = child or _Child(is_equal, cpu_s)
+        reason, lives = child.grade(request)
+        child = child if lives else None
+        write_message(replies, {"reason": reason})
+
+
+def main(trainer_pid: int, memory_bytes: int, cpu_s: float) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    replies = os.dup(1)
+    os.dup2(2, 1)  # a stray print must not enter the protocol
+    try:
+        serve(0, replies, trainer_pid, cpu_s)
+    except (ImportError, MemoryError) as error:
+        write_message(replies, {"error": repr(error)})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

@@ -1,0 +1,141 @@
+"""Avg@n, pass@k and maj@k from a table of samples, with bootstrap intervals over problems.
+
+P problems, N samples of each. Each score gives one number per problem, whose mean over problems is reported, and `estimate`
+puts an interval around that mean: problems are drawn again, samples within a problem are not.
+
+>>> estimate(pass_at_k(rewards_PN, k=4))
+Estimate(value=0.71, low=0.58, high=0.83)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems and its percentile bootstrap interval.
+
+    >>> Estimate(value=0.62, low=0.53, high=0.70)
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def average(values_PN: ArrayLike) -> Scores:
+    """Mean over the samples of each problem: of rewards Avg@n, of lengths the mean length. Returns [P]."""
+    return _table(values_PN).mean(axis=1)
+
+
+def pass_at_k(rewards_PN: ArrayLike, *, k: int) -> Scores:
+    """The chance that k of a problem's samples, drawn without replacement, contain a correct one. Returns [P].
+
+    1 - C(n - c, k) / C(n, k) with c correct of n: unbiased for every k <= n, unlike 1 - (1 - c/n)^k (Chen et al., 2021).
+    """
+    correct_PN = _table(rewards_PN) > 0.5
+    n = _checked_k(k, correct_PN.shape[1])
+    return np.array([1 - comb(n - int(c), k) / comb(n, k) for c in correct_PN.sum(axis=1)])
+
+
+def maj_at_k(rewards_PN: ArrayLike, answers_PN: Sequence[Sequence[str | None]], *, k: int) -> Scores:
+    """The chance that the majority answer among k samples is correct. Returns [P].
+
+    A sample votes for its extracted answer, compared as text, and None (no answer found) does not vote. A tie is not broken but
+    averaged: the score is the share of the tied answers that are correct, so no sample order can change it. The n
+    samples are read as n // k blocks of k in order, and averaged; what is left over is not used.
+    """
+    rewards = _table(rewards_PN)
+    n = _checked_k(k, rewards.shape[1])
+    if [len(answers) for answers in answers_PN] != [n] * len(rewards):
+        raise ValueError(f"answers are not a table of {len(rewards)} problems x {n} samples, as the rewards are")
+    starts = range(0, n - k + 1, k)
+    return np.array(
+        [
+            np.mean([_majority_score(r[start : start + k], a[start : start + k]) for start in starts])
+            for r, a in zip(rewards, answers_PN, strict=True)
+        ]
+    )
+
+
+def _majority_score(rewards: Scores, answers: Sequence[str | None]) -> float:
+    votes: dict[str, list[float]] = defaultdict(list)
+    for reward, answer in zip(rewards, answers, strict=True):
+        if answer is not None:
+            votes[answer].append(float(reward))
+    if not votes:
+        return 0.0
+    most = max(len(voters) for voters in votes.values())
+    # Equal answers have equal rewards, save for one that a time limit took away: hence a mean here too.
+    return float(np.mean([np.mean(voters) for voters in votes.values() if len(voters) == most]))
+
+
+def estimate(scores_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Estimate:
+    """Mean over problems with its percentile bootstrap interval; the same seed gives the same interval."""
+    scores = np.asarray(scores_P, dtype=np.float64)
+    if scores.ndim != 1 or scores.size == 0:
+        raise ValueError(f"scores have shape {scores.shape}: give one number per problem, and at least one problem")
+    generator = np.random.default_rng(seed)
+    means = [scores[generator.integers(scores.size, size=scores.size)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(value=float(scores.mean()), low=float(low), high=float(high))
+
+
+def paired_bootstrap(
+    a_P: ArrayLike, b_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """mean(a) - mean(b) for two runs scored on the same problems in the same order.
+
+    Each resample takes both scores of a problem together, so that how hard the problems are cancels. The difference
+    is significant at 1 - confidence when the interval leaves out zero.
+    """
+    a, b = np.asarray(a_P, dtype=np.float64), np.asarray(b_P, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"the runs have scores of shape {a.shape} and {b.shape}: score both on the same problems")
+    return estimate(a - b, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def summarise(
+    *,
+    rewards_PN: ArrayLike,
+    answers_PN: Sequence[Sequence[str | None]],
+    lengths_PN: ArrayLike,
+    truncated_PN: ArrayLike,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """What an evaluation reports, under its metric keys; n is the number of samples. Truncated means cut at the limit.
+
+    >>> summarise(rewards_PN=..., answers_PN=..., lengths_PN=..., truncated_PN=...)["eval/avg_at_n"]
+    Estimate(value=0.62, low=0.53, high=0.70)
+    """
+    n = _table(rewards_PN).shape[1]
+    scores = {
+        "eval/avg_at_n": average(rewards_PN),
+        "eval/pass_at_n": pass_at_k(rewards_PN, k=n),
+        "eval/maj_at_n": maj_at_k(rewards_PN, answers_PN, k=n),
+        "eval/length_mean": average(lengths_PN),
+        "eval/truncated_fraction": average(truncated_PN),
+    }
+    return {key: estimate(scores_P, seed=seed) for key, scores_P in scores.items()}
+
+
+def _table(values_PN: ArrayLike) -> Scores:
+    values = np.asarray(values_PN, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"the table has shape {values.shape}: give problems x samples, at least one of each")
+    return values
+
+
+def _checked_k(k: int, n: int) -> int:
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k} but each problem has {n} samples: choose k from 1 to {n}")
+    return n

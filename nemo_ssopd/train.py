@@ -1,0 +1,425 @@
+"""The training run: set-up, one step, the loop. The one file that knows every stage.
+
+    generate -> verify -> groups and advantages -> teacher pass -> optimizer step -> refit -> log
+
+Every rank runs the same code. A tensor-parallel group works on the same prompts; data-parallel ranks on others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from nemo_ssopd.algo.advantages import group_advantages
+from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, TokenLoss, grpo_loss, sft_loss
+from nemo_ssopd.algo.selection import frontier_weight, is_correct, select_pair
+from nemo_ssopd.config import Config, context_length, engine_tensor
+from nemo_ssopd.data.loading import RunData, load_data
+from nemo_ssopd.data.prompts import PromptOrder
+from nemo_ssopd.data.templates import render_teacher
+from nemo_ssopd.evaluate import eval_metrics, evaluate, summary_of, write_samples
+from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.megatron.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from nemo_ssopd.megatron.export import export_hf
+from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
+from nemo_ssopd.metrics import (
+    ConsoleSink,
+    JsonlSink,
+    Logger,
+    Max,
+    Mean,
+    Metrics,
+    Sink,
+    StageTimer,
+    Sum,
+    TensorBoardSink,
+    WandbSink,
+    merge,
+    reduce_across_ranks,
+)
+from nemo_ssopd.report import write_report
+from nemo_ssopd.rollout.collect import RolloutCollector, Sampling, request_seed
+from nemo_ssopd.rollout.engine import RolloutEngine
+from nemo_ssopd.rollout.verifier import MathVerifier
+from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, StepCounts, TrainBatch
+from nemo_ssopd.types import Sequence as TokenSequence
+
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a run is made of, on one rank. `collector` is None for SFT, which samples nothing in training."""
+
+    config: Config
+    hf: HFModelConfig
+    runtime: Runtime
+    data: RunData
+    order: PromptOrder
+    actor: MegatronGRPOActor
+    collector: RolloutCollector | None
+    token_loss: TokenLoss
+
+
+# ---- One step --------------------------------------------------------------------------------------------------------
+
+
+def train_step(trainer: Trainer, step: int) -> Metrics:
+    """One rollout batch and the optimizer steps on it. `step` counts from 0, and is the engine's policy version."""
+    timer = StageTimer()
+    with timer.stage("rollout"):
+        completions = sample_completions(trainer, step)
+    with timer.stage("verify"):
+        groups = grade_groups(trainer, completions)
+        write_rollouts(trainer, step, groups)
+    trainer.collector.engine.sleep()
+    metrics = [group_metrics(groups)]
+    with timer.stage("score"):
+        batches = make_batches(trainer, groups)
+    for part, batch in batches:
+        with timer.stage("teacher"):
+            aux, aux_metrics = distillation(trainer, part)
+        with timer.stage("update"):
+            result = trainer.actor.update(batch, trainer.token_loss, aux)
+        metrics += [aux_metrics, result.metrics]
+    with timer.stage("refit"):
+        trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=step + 1)
+    return merge(*metrics, timer.metrics())
+
+
+def sft_step(trainer: Trainer, step: int) -> Metrics:
+    """One optimizer step of cross-entropy on written solutions."""
+    timer = StageTimer()
+    with timer.stage("data"):
+        examples = local_share(trainer, trainer.data.supervised, step)
+        sequences = tuple(TokenSequence(example.tokens, example.is_target.index(True)) for example in examples)
+        weights = tuple(
+            tuple(map(float, example.is_target[sequence.prompt_length :]))
+            for sequence, example in zip(sequences, examples, strict=True)
+        )
+        counts = global_counts(trainer, tokens=int(sum(map(sum, weights))), prompts=len(sequences))
+        batch = TrainBatch(sequences=sequences, weights=weights, counts=counts)
+    with timer.stage("update"):
+        result = trainer.actor.update(batch, trainer.token_loss)
+    return merge({"progress/tokens": Sum(sum(map(sum, weights)))}, result.metrics, timer.metrics())
+
+
+# ---- Its stages, in order --------------------------------------------------------------------------------------------
+
+
+def local_share(trainer: Trainer, examples: Sequence[Example], step: int) -> list[Example]:
+    """This data-parallel rank's share of the step's examples."""
+    indices = trainer.order.indices(step, trainer.config.trainer.prompts_per_step)
+    return [examples[index] for index in indices[trainer.runtime.dp_rank :: trainer.runtime.dp_size]]
+
+
+def sample_completions(trainer: Trainer, step: int) -> list[tuple[RenderedPrompt, list[Completion]]]:
+    """G completions for each of this rank's prompts, by the current policy."""
+    config, prompts = trainer.config, local_share(trainer, trainer.data.train, step)
+    seed, G = config.trainer.seed, config.rollout.group_size
+    groups = trainer.collector.generate(
+        [prompt.tokens for prompt in prompts],
+        seeds=[[request_seed(seed, "train", step, prompt.prompt.id, i) for i in range(G)] for prompt in prompts],
+        sampling=Sampling(config.rollout.temperature, config.rollout.max_new_tokens),
+    )
+    assert all(completion.policy_version == step for group in groups for completion in group), "stale engine weights"
+    return list(zip(prompts, groups, strict=True))
+
+
+def grade_groups(trainer: Trainer, sampled: list[tuple[RenderedPrompt, list[Completion]]]) -> list[RolloutGroup]:
+    """Every completion with its reward."""
+    completions = [completion for _, group in sampled for completion in group]
+    golds = [prompt.prompt.answer for prompt, group in sampled for _ in group]
+    verdicts = iter(trainer.collector.grade(completions, golds))
+    groups = []
+    for prompt, group in sampled:
+        rollouts = []
+        for completion in group:
+            verdict, sequence = next(verdicts), TokenSequence(prompt.tokens + completion.tokens, len(prompt.tokens))
+            rollouts.append(Rollout(sequence, completion, verdict.reward, verdict.reason, verdict.answer))
+        groups.append(RolloutGroup(prompt.prompt, tuple(rollouts)))
+    return groups
+
+
+def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> None:
+    """Every completion and its verdict, to run_dir/rollouts/, one file for each step and data-parallel rank."""
+    if not trainer.config.logging.save_rollouts or trainer.runtime.tp_rank != 0:
+        return
+    lines = [
+        json.dumps(
+            {
+                "problem": group.prompt.id,
+                "reward": rollout.reward,
+                "reason": rollout.reason,
+                "answer": rollout.answer,
+                "tokens": rollout.sequence.completion_length,
+                "finish_reason": rollout.completion.finish_reason,
+                "text": rollout.completion.text,
+            }
+        )
+        for group in groups
+        for rollout in group.rollouts
+    ]
+    folder = Path(trainer.config.run_dir) / "rollouts"
+    folder.mkdir(exist_ok=True)
+    (folder / f"step_{step + 1:06}_rank_{trainer.runtime.dp_rank:04}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def make_batches(trainer: Trainer, groups: list[RolloutGroup]) -> list[tuple[list[RolloutGroup], TrainBatch]]:
+    """One batch per optimizer step, with everything that must be scored before the first of them."""
+    updates, algorithm = trainer.config.trainer.updates_per_step, trainer.config.algorithm
+    size = len(groups) // updates
+    parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+    batches = []
+    for part in parts:
+        rollouts = [rollout for group in part for rollout in group.rollouts]
+        sequences = tuple(rollout.sequence for rollout in rollouts)
+        advantages = [a for group in part for a in group_advantages(group.rewards, eps=algorithm.advantage_eps)]
+        # On the first update the policy is still the sampling policy: its own log-probs, detached, are the old ones.
+        old = trainer.actor.logprobs(sequences) if updates > 1 else None
+        reference = None
+        if algorithm.reference_kl > 0:
+            with trainer.actor.reference():
+                reference = trainer.actor.logprobs(sequences)
+        batch = TrainBatch(
+            sequences=sequences,
+            weights=tuple((a,) * s.completion_length for a, s in zip(advantages, sequences, strict=True)),
+            counts=global_counts(trainer, tokens=sum(s.completion_length for s in sequences), prompts=len(part)),
+            old_logprobs=old,
+            reference_logprobs=reference,
+            sampler_logprobs=tuple(torch.tensor(rollout.completion.logprobs) for rollout in rollouts),
+        )
+        batches.append((part, batch))
+    return batches
+
+
+def global_counts(trainer: Trainer, *, tokens: int, prompts: int) -> StepCounts:
+    """The denominators: this rank's counts, summed over the data-parallel ranks."""
+    counts = torch.tensor([tokens, prompts], device=trainer.runtime.device)
+    dist.all_reduce(counts, group=trainer.runtime.dp_group)
+    return StepCounts(*(int(count) for count in counts))
+
+
+def distillation(trainer: Trainer, groups: list[RolloutGroup]) -> tuple[ClippedDistillation | None, Metrics]:
+    """The teacher's pass over the mixed groups: adapters off, the shortest correct completion as privileged context."""
+    config, algorithm = trainer.config, trainer.config.algorithm
+    if algorithm.name != "ssopd" or algorithm.lambda_0 == 0:
+        return None, {}
+    sequences: dict[int, TokenSequence] = {}
+    weights: dict[int, float] = {}
+    metrics: Metrics = {"ssopd/pairs": Sum(0), "ssopd/dropped_long_teacher": Sum(0)}
+    for g, group in enumerate(groups):
+        pair = select_pair(rewards=group.rewards, lengths=group.lengths)
+        if pair is None:
+            continue
+        witness, wrong = group.rollouts[pair.correct], group.rollouts[pair.wrong].sequence
+        prompt = render_teacher(trainer.data.tokenizer, group.prompt, witness.completion.text, config.data)
+        prefix = wrong.completion[: algorithm.prefixes]
+        if len(prompt) + len(prefix) > trainer.hf.max_position_embeddings:
+            metrics = merge(metrics, {"ssopd/dropped_long_teacher": Sum(1)})
+            continue
+        index = g * config.rollout.group_size + pair.wrong
+        sequences[index] = TokenSequence(prompt + prefix, len(prompt))
+        weights[index] = frontier_weight(group.rewards, lambda_0=algorithm.lambda_0)
+        lengths: Metrics = {
+            "ssopd/correct_length": Mean(witness.sequence.completion_length, 1),
+            "ssopd/wrong_length": Mean(wrong.completion_length, 1),
+        }
+        metrics = merge(metrics, lengths)
+    with trainer.actor.reference():
+        hidden = trainer.actor.hidden_states(list(sequences.values()))
+    aux = ClippedDistillation(
+        targets={i: DistillTarget(hidden_KH, weights[i]) for i, hidden_KH in zip(sequences, hidden, strict=True)},
+        clip=algorithm.clip,
+        temperature=config.rollout.temperature,
+        chunk_tokens=config.trainer.chunk_tokens,
+        vocab_size=trainer.hf.vocab_size,
+        group=trainer.runtime.tp_group,
+    )
+    return aux, metrics
+
+
+def group_metrics(groups: list[RolloutGroup]) -> Metrics:
+    """What the rollouts were like."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    correct = [sum(map(is_correct, group.rewards)) for group in groups]
+    size = len(groups[0].rollouts)
+    tokens = sum(rollout.sequence.completion_length for rollout in rollouts)
+    truncated = sum(rollout.completion.finish_reason == "length" for rollout in rollouts)
+    metrics: Metrics = {
+        "reward/mean": Mean(sum(rollout.reward for rollout in rollouts), len(rollouts)),
+        "group/mixed_fraction": Mean(sum(0 < c < size for c in correct), len(groups)),
+        "group/all_correct_fraction": Mean(sum(c == size for c in correct), len(groups)),
+        "group/all_wrong_fraction": Mean(sum(c == 0 for c in correct), len(groups)),
+        "rollout/tokens": Sum(tokens),
+        "rollout/length_mean": Mean(tokens, len(rollouts)),
+        "rollout/truncated_fraction": Mean(truncated, len(rollouts)),
+        "progress/tokens": Sum(tokens),
+    }
+    return merge(metrics, *({f"reward/reason/{rollout.reason}": Sum(1)} for rollout in rollouts))
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+
+def run(trainer: Trainer, logger: Logger, state: LoopState) -> LoopState:
+    """Steps until trainer.max_steps, with evaluations and checkpoints on the way. Logged steps count completed ones."""
+    config, last = trainer.config.trainer, trainer.config.trainer.max_steps
+    take_step = sft_step if trainer.config.algorithm.name == "sft" else train_step
+    if config.eval_at_ends and state.step == 0:
+        logger.log(0, evaluate_policy(trainer, step=0))
+    for step in range(state.step, last):
+        metrics = reduce_over_data_parallel(trainer, take_step(trainer, step))
+        state = state.after(metrics)
+        metrics = merge(metrics, progress_metrics(metrics, state))
+        is_last = state.step == last
+        if is_last and config.eval_at_ends or config.eval_every and state.step % config.eval_every == 0:
+            metrics = merge(metrics, evaluate_policy(trainer, step=state.step))
+        logger.log(state.step, metrics)
+        if state.skipped_in_a_row >= config.max_skipped_steps:
+            raise RuntimeError(
+                f"the last {state.skipped_in_a_row} steps, up to {state.step}, had a loss or gradient that is not finite "
+                f"and were skipped: lower optimizer.lr, or look at the rollouts; checkpoints of good steps are kept"
+            )
+        if is_last or config.save_every and state.step % config.save_every == 0:
+            save_checkpoint(trainer.actor, trainer.config, state)
+    return state
+
+
+def reduce_over_data_parallel(trainer: Trainer, metrics: Metrics) -> Metrics:
+    """Every rank gets all data-parallel ranks' metrics; tensor-parallel peers hold the same, and count once."""
+    own = metrics if trainer.runtime.tp_rank == 0 else {}
+    return reduce_across_ranks(own, trainer.runtime.cpu_group)
+
+
+def progress_metrics(metrics: Metrics, state: LoopState) -> Metrics:
+    seconds, tokens = metrics["time/step"].value(), metrics["progress/tokens"].value()
+    return {
+        "progress/step": Max(state.step),
+        "progress/tokens_per_second": Max(tokens / seconds),
+        "progress/total_tokens": Max(state.tokens),
+        "optim/skipped_total": Max(state.skipped),
+        "memory/rss_gib": Max(psutil.Process().memory_info().rss / 2**30),
+    }
+
+
+def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
+    """Avg@n on the held-out problems; every completion goes to run_dir/eval/. Without data.eval, nothing."""
+    if not trainer.data.eval:
+        return {}
+    timer = StageTimer()
+    with timer.stage("eval"):
+        trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=step)
+        samples = evaluate(
+            trainer.collector,
+            trainer.data.eval,
+            trainer.config.evaluation,
+            dp_rank=trainer.runtime.dp_rank,
+            dp_size=trainer.runtime.dp_size,
+            cpu_group=trainer.runtime.cpu_group,
+        )
+        trainer.collector.engine.sleep()
+    if trainer.runtime.is_main:
+        write_samples(samples, Path(trainer.config.run_dir) / "eval" / f"step_{step:06}.jsonl")
+    return eval_metrics(summary_of(samples, trainer.config.evaluation)) | {"time/eval": timer.metrics()["time/eval"]}
+
+
+# ---- Set-up ----------------------------------------------------------------------------------------------------------
+
+
+def build(config: Config, data: RunData, runtime: Runtime) -> Trainer:
+    """The policy first; then the engine, in what memory is left."""
+    algorithm, is_sft = config.algorithm, config.algorithm.name == "sft"
+    hf = read_hf_config(config.model.path)
+    surrogate = partial(
+        grpo_loss,
+        clip_low=algorithm.clip_ratio_low,
+        clip_high=algorithm.clip_ratio_high,
+        reference_kl=algorithm.reference_kl,
+    )
+    return Trainer(
+        config=config,
+        hf=hf,
+        runtime=runtime,
+        data=data,
+        order=PromptOrder(len(data.supervised if is_sft else data.train), config.trainer.seed),
+        actor=MegatronGRPOActor(config, hf, runtime, pad_id=data.stop_token_ids[0]),
+        collector=build_collector(config, data, runtime) if data.train or data.eval else None,
+        token_loss=sft_loss if is_sft else surrogate,
+    )
+
+
+def build_collector(config: Config, data: RunData, runtime: Runtime) -> RolloutCollector:
+    """The engine of this rank, and on the first rank of a tensor-parallel group the verifier."""
+    rollout, verifier = config.rollout, None
+    new_tokens = max(rollout.max_new_tokens, config.evaluation.max_new_tokens if config.data.eval else 0)
+    if runtime.tp_rank == 0:
+        verifier = MathVerifier(
+            workers=config.verifier.workers, timeout_s=config.verifier.timeout_s, memory_gb=config.verifier.memory_gb
+        )
+    engine = RolloutEngine(
+        config.model.path,
+        tensor=engine_tensor(config),
+        dtype=config.model.dtype,
+        max_model_len=rollout.max_prompt_tokens + new_tokens,
+        max_sequences=rollout.max_sequences,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        cpu_cache_gib=rollout.cpu_cache_gib,
+        seed=config.trainer.seed,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    return RolloutCollector(
+        engine,
+        verifier,
+        data.tokenizer,
+        stop_token_ids=data.stop_token_ids,
+        engine_tensor=engine_tensor(config),
+        group=runtime.tp_cpu_group,
+    )
+
+
+def sinks(config: Config, state: LoopState) -> list[Sink]:
+    """Where rank 0 writes metrics. What a cut-off run logged after `state` is dropped."""
+    run_dir, first = Path(config.run_dir), state.step + 1 if state.step else 0
+    chosen: list[Sink] = [
+        JsonlSink(run_dir / "metrics.jsonl", first),
+        ConsoleSink(config.trainer.max_steps, state.step),
+    ]
+    if config.logging.tensorboard:
+        chosen.append(TensorBoardSink(run_dir / "tensorboard", first))
+    if config.logging.wandb_project:
+        chosen.append(WandbSink(config.logging.wandb_project, run_dir, asdict(config)))
+    return chosen
+
+
+def train(config: Config) -> None:
+    """A whole run on this rank: build or resume, train, export, report."""
+    data = load_data(config)
+    runtime = initialize(config.parallel, seed=config.trainer.seed)
+    run_dir = Path(config.run_dir)
+    trainer = build(config, data, runtime)
+    state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
+    if trainer.collector is not None:
+        trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=state.step)
+    if runtime.is_main:
+        OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
+    with Logger(sinks(config, state) if runtime.is_main else []) as logger:
+        run(trainer, logger, state)
+    if trainer.collector is not None:
+        trainer.collector.close()
+    if config.trainer.export:
+        export_hf(trainer.actor, config.model.path, run_dir / "hf")
+    if runtime.is_main:
+        write_report(run_dir)
+        print_summary(run_dir)
+    shutdown()

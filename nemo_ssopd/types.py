@@ -1,0 +1,200 @@
+"""The frozen records that the stages of one training step hand to each other.
+
+Tensor names end in shape letters: B rows of a micro-batch, S padded row length, T the completion tokens of
+a micro-batch laid end to end, K prefix positions, H hidden size, V vocabulary, W a rank's shard of V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem. `solution` is a written-out reference solution, used by the SFT and OPSD recipes only.
+
+    >>> Prompt(id="train-7", problem="6*3 8*6", answer="88", solution="<think>6*3=18 8*6=48</think>\\\\boxed{88}")
+    """
+
+    id: str
+    problem: str
+    answer: str
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A problem and the tokens that the student reads.
+
+    >>> RenderedPrompt(prompt=Prompt("eval-1", "6*3", "8"), tokens=(1, 5, 9))
+    """
+
+    prompt: Prompt
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SupervisedExample:
+    """A whole turn as tokens, and which of them are targets. The prompt never is.
+
+    >>> SupervisedExample(tokens=(1, 5, 9, 2), is_target=(False, False, True, True))
+    """
+
+    tokens: tuple[int, ...]
+    is_target: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Prompt tokens followed by completion tokens; losses and log-probs are over the completion only.
+
+    >>> Sequence(tokens=(1, 5, 9, 2), prompt_length=2).completion
+    (9, 2)
+    """
+
+    tokens: tuple[int, ...]
+    prompt_length: int
+
+    def __post_init__(self) -> None:
+        assert 0 < self.prompt_length <= len(self.tokens), (self.prompt_length, len(self.tokens))
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def completion_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine returned for one request.
+
+    `logprobs` are the sampler's own, at the sampling temperature, one per token; `finish_reason` is "stop"
+    when the model ended its turn (the stop token is then the last of `tokens`) and "length" at the limit.
+
+    >>> Completion(tokens=(9, 2), logprobs=(-0.1, -0.02), text="88", finish_reason="stop", policy_version=3)
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: str
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion of a training prompt, graded. `answer` is the text of its last box, None without one.
+
+    >>> Rollout(Sequence((1, 5, 9, 2), 2), completion, reward=1.0, reason="correct", answer="88")
+    """
+
+    sequence: Sequence
+    completion: Completion
+    reward: float
+    reason: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G rollouts of one prompt.
+
+    >>> RolloutGroup(prompt, rollouts).rewards
+    (1.0, 0.0, 0.0, 1.0)
+    """
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(rollout.reward for rollout in self.rollouts)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Completion lengths in tokens."""
+        return tuple(rollout.sequence.completion_length for rollout in self.rollouts)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Indices inside one group: the witness `y+` and the attempt to repair `y-`.
+
+    >>> Pair(correct=2, wrong=0)
+    """
+
+    correct: int
+    wrong: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: rows padded on the right to one length, their completion tokens laid end to end.
+
+    Row b holds sequence `rows[b]` of the batch. Completion token t is `targets_T[t]`; it is predicted by
+    position `index_T[t]` of the flattened [B * S] hidden states. Row b owns T-range offsets[b] : offsets[b + 1].
+
+    >>> PackedBatch(rows=(4, 0), tokens_BS=..., index_T=..., targets_T=..., offsets=(0, 2, 5)).num_tokens
+    5
+    """
+
+    rows: tuple[int, ...]
+    tokens_BS: torch.Tensor
+    index_T: torch.Tensor
+    targets_T: torch.Tensor
+    offsets: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.offsets[-1]
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """The global denominators of one optimizer step, over all data-parallel ranks and micro-batches.
+
+    >>> StepCounts(tokens=5213, prompts=32)
+    """
+
+    tokens: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: `skipped` when loss or gradient was not finite and the weights were left alone.
+
+    >>> StepResult(skipped=False, metrics={"optim/grad_norm": 0.31})
+    """
+
+    skipped: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What one optimizer step trains on, on one data-parallel rank: parallel tuples, one entry per sequence.
+
+    `weights` has one value per completion token: the advantage for GRPO, 1 or 0 for supervised targets.
+    The log-prob tuples hold one [completion length] tensor per sequence, or are None where the recipe has none;
+    `old_logprobs` None means that the policy has not moved since sampling.
+
+    >>> TrainBatch(sequences=(Sequence((1, 5, 9, 2), 2),), weights=((0.5, 0.5),), counts=StepCounts(2, 1))
+    """
+
+    sequences: tuple[Sequence, ...]
+    weights: tuple[tuple[float, ...], ...]
+    counts: StepCounts
+    old_logprobs: tuple[torch.Tensor, ...] | None = None
+    reference_logprobs: tuple[torch.Tensor, ...] | None = None
+    sampler_logprobs: tuple[torch.Tensor, ...] | None = None

@@ -1,0 +1,30 @@
+"""Group advantages against hand-computed numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_ssopd.algo.advantages import group_advantages
+
+
+def test_one_correct_of_four() -> None:
+    # mean 1/4, population variance 3/16, std sqrt(3)/4: advantages sqrt(3) and -1/sqrt(3).
+    advantages = group_advantages([0.0, 1.0, 0.0, 0.0], eps=0.0)
+    assert advantages == pytest.approx([-(3**-0.5), 3**0.5, -(3**-0.5), -(3**-0.5)], abs=1e-15)
+
+
+def test_eps_is_added_to_the_standard_deviation() -> None:
+    # mean 1/2, std 1/2.
+    assert group_advantages([1.0, 0.0], eps=0.5) == [0.5, -0.5]
+    assert group_advantages([1.0, 0.0]) == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001], abs=1e-15)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
+def test_a_uniform_group_has_exactly_zero_advantages(reward: float) -> None:
+    # 0.1 is not a binary fraction: its mean over three differs from it by a rounding error.
+    assert group_advantages([reward] * 3, eps=0.0) == [0.0, 0.0, 0.0]
+
+
+def test_an_empty_group_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one completion"):
+        group_advantages([])

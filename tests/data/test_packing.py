@@ -1,0 +1,66 @@
+import random
+
+import pytest
+import torch
+
+from nemo_ssopd.data.packing import micro_batches, pack, unpack
+from nemo_ssopd.types import Sequence
+
+
+def test_longest_first_within_the_budget_ties_by_index():
+    assert micro_batches([3, 9, 4, 10], token_budget=20) == [(3, 1), (2, 0)]
+    assert micro_batches([5, 5, 5, 5, 5], token_budget=10) == [(0, 1), (2, 3), (4,)]
+    assert micro_batches([], token_budget=10) == []
+
+
+def test_a_sequence_over_the_budget_is_alone():
+    assert micro_batches([3, 50, 4, 12], token_budget=10) == [(1,), (3,), (2, 0)]
+
+
+def test_padding_to_a_multiple_counts_against_the_budget():
+    assert micro_batches([5, 5, 3], token_budget=12) == [(0, 1), (2,)]
+    assert micro_batches([5, 5, 3], token_budget=12, multiple=8) == [(0,), (1,), (2,)]
+
+
+def test_every_sequence_is_in_exactly_one_micro_batch():
+    rng = random.Random(0)
+    for multiple in (1, 2, 8):
+        lengths = [rng.randint(1, 300) for _ in range(101)]
+        batches = micro_batches(lengths, token_budget=1000, multiple=multiple)
+        assert sorted(index for batch in batches for index in batch) == list(range(101))
+        for batch in batches:
+            padded_length = -(-max(lengths[index] for index in batch) // multiple) * multiple
+            assert len(batch) * padded_length <= 1000
+
+
+SEQUENCES = [
+    Sequence((1, 2, 3), 2),  # not packed below
+    Sequence((11, 12, 13, 14, 15), 2),
+    Sequence((21, 22, 23), 3),  # an empty completion
+    Sequence((31, 32, 33, 34), 1),
+]
+
+
+def test_pack_by_hand():
+    batch = pack(SEQUENCES, (3, 1, 2), pad_id=0, multiple=2, device="cpu")
+    assert batch.rows == (3, 1, 2)
+    assert batch.tokens_BS.tolist() == [[31, 32, 33, 34, 0, 0], [11, 12, 13, 14, 15, 0], [21, 22, 23, 0, 0, 0]]
+    assert batch.index_T.tolist() == [0, 1, 2, 7, 8, 9]
+    assert batch.targets_T.tolist() == [32, 33, 34, 13, 14, 15]
+    assert batch.offsets == (0, 3, 6, 6)
+    assert batch.num_tokens == 6
+
+
+def test_each_target_is_the_token_after_its_index():
+    batch = pack(SEQUENCES, (0, 1, 2, 3), pad_id=0, device="cpu")
+    assert torch.equal(batch.tokens_BS.flatten()[batch.index_T + 1], batch.targets_T)
+
+
+def test_unpack_returns_each_sequence_its_own_values():
+    batch = pack(SEQUENCES, (3, 1, 2), pad_id=0, device="cpu")
+    values = unpack(batch.targets_T, batch)
+    assert {row: tuple(tensor.tolist()) for row, tensor in values.items()} == {
+        row: SEQUENCES[row].completion for row in (3, 1, 2)
+    }
+    with pytest.raises(AssertionError):
+        unpack(batch.targets_T[:-1], batch)

@@ -1,0 +1,83 @@
+"""Run a test function in several processes that form a gloo world, and get what each returned.
+
+    def losses(parallel: ParallelConfig, path: str) -> list[float]: ...     # at module level, so that it can be sent
+
+    first, second = run_distributed(losses, 2, ParallelConfig(world_size=2, tensor=2), path)
+
+The processes are forked from a server that has imported the heavy libraries once, so a call costs about a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT_S = 120.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["nemo_ssopd.megatron.weights", "transformers.models.auto.modeling_auto"])
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """`function(*args)` in `world_size` processes with torchrun's environment variables; its results by rank."""
+    port = _free_port()
+    processes, receivers = [], []
+    for rank in range(world_size):
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_run, args=(function, args, rank, world_size, port, sender))
+        process.start()
+        sender.close()
+        processes.append(process)
+        receivers.append(receiver)
+    try:
+        return _collect(receivers)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    finally:
+        for process in processes:
+            process.join()
+
+
+def _collect(receivers: list[Connection]) -> list[Any]:
+    """Stops at the first failure: the other ranks would wait for the one that failed."""
+    results: dict[int, Any] = {}
+    while len(results) < len(receivers):
+        pending = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
+        ready = wait(pending, timeout=TIMEOUT_S)
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(set(range(len(receivers))) - set(results))} gave no result in {TIMEOUT_S} s")
+        for receiver in ready:
+            rank = receivers.index(receiver)
+            try:
+                result, error = pickle.loads(receiver.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without a word") from None
+            if error is not None:
+                raise AssertionError(f"rank {rank} failed:\n{error}")
+            results[rank] = result
+    return [results[rank] for rank in range(len(receivers))]
+
+
+def _run(function: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, sender: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        outcome = (function(*args), None)
+    except Exception:
+        outcome = (None, traceback.format_exc())
+    sender.send_bytes(pickle.dumps(outcome))  # plain pickle copies tensors; the pipe's own would share their memory
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
