@@ -44,7 +44,8 @@ def make_batch(answers: int, seed: int) -> tuple[list[str], list[str]]:
     rng = random.Random(seed)
     sets = json.loads((DATA / "verifier_golds.json").read_text())
     hostile = [json.loads(line) for line in (DATA / "verifier_hostile.jsonl").read_text().splitlines()]
-    completions, golds = [], []
+    completions: list[str] = []
+    golds: list[str] = []
     while len(completions) < answers:
         gold = rng.choice(sets[rng.choice(["gsm8k", "math500"])])
         for _ in range(GROUP_SIZE):

@@ -7,15 +7,20 @@ Under torchrun or srun this is one of the workers already. From a plain shell it
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
-from nemo.core.config import hydra_runner
-from omegaconf import DictConfig
+# Megatron-Core warns at import of every fused kernel that it does without; on CPU that is all of them.
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-from nemo_ssopd.config import Config, from_hydra
-from nemo_ssopd.data.loading import load_data
+from nemo.core.config import hydra_runner  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from nemo_ssopd.config import Config, from_hydra  # noqa: E402
+from nemo_ssopd.data.loading import load_data  # noqa: E402
 
 _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it when installed.
@@ -25,6 +30,7 @@ CONF = next(folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") i
 @hydra_runner(config_path=str(CONF), config_name="tiny_cpu")
 def main(composed: DictConfig) -> None:
     """Console entry `nemo-ssopd-train`."""
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
         config = from_hydra(composed)
         prepare_run_dir(config)

@@ -1,7 +1,7 @@
 """Metrics that own their reduction, the stage timer, and the places a step's metrics are written to.
 
-A stage returns `Metrics`: keys `area/name`, and values that know how to join with the same metric of another micro-batch, stage or
-rank. Nobody averages averages, because an average is kept as a sum and a count until it is written.
+A stage returns `Metrics`: keys `area/name`, and values that know how to join with the same metric of another
+micro-batch, stage or rank. Nobody averages averages, because an average stays a sum and a count until it is written.
 
 >>> micro_batches = [{"loss/entropy": Mean(2.0, 4)}, {"loss/entropy": Mean(0.5, 1)}]
 >>> merge(*micro_batches)["loss/entropy"].value()
@@ -68,7 +68,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Max:
-    """The largest; also for what all ranks hold alike, such as the step or the gradient norm. NaN wins, so that it shows."""
+    """The largest; also for what all ranks hold alike, such as the gradient norm. NaN wins, so that it shows."""
 
     x: float
 
@@ -97,7 +97,7 @@ Metrics: TypeAlias = dict[str, Metric]
 
 
 def merge(*parts: Mapping[str, Metric]) -> Metrics:
-    """Joins the metrics of micro-batches, stages or ranks, key by key; a key that one part lacks is left out of it only."""
+    """Joins the metrics of micro-batches, stages or ranks, key by key; not every part needs every key."""
     merged: Metrics = {}
     for part in parts:
         for key, metric in part.items():
@@ -118,10 +118,10 @@ def check_key(key: str) -> None:
 
 
 def reduce_across_ranks(metrics: Mapping[str, Metric], group: dist.ProcessGroup | None) -> Metrics:
-    """The metrics of all ranks of `group`, joined in rank order; every rank gets them. A group of None is this process alone.
+    """The metrics of all ranks of `group`, joined in rank order, on every rank; None is this process alone.
 
-    Pass the data-parallel group: tensor-parallel peers hold the same numbers, and sums would count them again.
-    The objects travel on the CPU, so the group needs a gloo backend.
+    Tensor-parallel peers hold the same numbers, which sums would count again: pass the data-parallel group, or empty
+    metrics from all peers but one. The objects travel on the CPU, so the group needs a gloo backend.
     """
     if group is None:
         return merge(metrics)
@@ -246,7 +246,7 @@ class WandbSink:
     """
 
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any], start_step: int = 0) -> None:
-        import wandb  # optional, and slow to import: only for runs that ask
+        import wandb  # noqa: PLC0415 -- optional, and slow to import: only for runs that ask
 
         id_file = run_dir / "wandb_run_id"
         if start_step == 0 or not id_file.exists():
@@ -271,6 +271,7 @@ class WandbSink:
 CONSOLE_FIELDS = (
     ("reward", "reward/mean", "{:.3f}"),
     ("mixed", "group/mixed_fraction", "{:.0%}"),
+    ("sft", "loss/sft", "{:.4f}"),
     ("grpo", "loss/grpo", "{:+.4f}"),
     ("ssopd", "ssopd/loss", "{:+.4f}"),
     ("clipped", "ssopd/clipped_positions", "{:.1%}"),
@@ -286,8 +287,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 class ConsoleSink:
     """A live panel on a terminal, one plain line per step anywhere else.
 
-    A logged step counts completed steps: 0 is the evaluation before the first, `total_steps` the last. `start_step` steps were
-    completed before this process started.
+    A logged step counts completed steps: 0 is the evaluation before the first, `total_steps` the last. `start_step`
+    steps were completed before this process started.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, console: Console | None = None) -> None:

@@ -93,6 +93,7 @@ PANELS = (
         percent=True,
     ),
     Panel("GRPO loss", "per token", (("", "loss/grpo"),)),
+    Panel("Cross-entropy", "nats per token", (("", "loss/sft"),)),
     Panel(
         "SSOPD loss, and KL before clipping",
         "nats per position",
@@ -101,7 +102,7 @@ PANELS = (
     Panel(
         "Cut by the clip",
         "share",
-        (("positions", "ssopd/clipped_positions"), ("KL mass", "ssopd/clipped_mass")),
+        (("of the positions", "ssopd/clipped_positions"), ("of the KL", "ssopd/clipped_mass")),
         percent=True,
     ),
     Panel(
@@ -144,7 +145,7 @@ def draw(rows: Sequence[Row], *, title: str) -> Figure:
         axes.set_ylabel(unit, fontsize=8.5, color=INK)
         axes.set_xlim(0, max(last_step, 1))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.tick_params(labelsize=8, colors=INK, length=3)
+        axes.tick_params(which="both", labelsize=8, colors=INK, length=3)
         axes.grid(axis="y", color=FAINT, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -157,26 +158,29 @@ def draw(rows: Sequence[Row], *, title: str) -> Figure:
 
 def _draw_lines(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
     """Each metric faint as logged and, when it has many points, bold as its running mean; evaluations with bars."""
-    smallest = math.inf
+    smallest, largest = math.inf, -math.inf
     for (label, key), colour in zip(panel.lines, COLOURS, strict=False):
         steps, values = series(rows, key)
         if not steps:
             continue
-        smallest = min(smallest, *values)
+        smallest, largest = min(smallest, *values), max(largest, *values)
         low, high = series(rows, f"{key}_low")[1], series(rows, f"{key}_high")[1]
         if len(low) == len(high) == len(values):
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
+            axes.vlines(steps, low, high, color=colour, alpha=0.5, linewidth=1, clip_on=False)
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=4, clip_on=False, label=label)
         elif len(values) < 20:
-            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, clip_on=False, label=label)
         else:
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, running_mean(values, len(values) // 15), color=colour, linewidth=1.8, label=label)
     if panel.percent:
-        axes.set_ylim(0, 1.02)
+        # The clipped loss can be negative, and more than the whole KL then cut off.
+        axes.set_ylim(0, max(1.02, 1.05 * largest))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     elif panel.log and smallest > 0:
         axes.set_yscale("log")
+        axes.set_ylim(smallest / 5, largest * 5)  # a wide scale, so that rounding noise looks like noise
     elif smallest < 0:
         axes.axhline(0, color="#999999", linewidth=0.8)
     else:
@@ -188,21 +192,20 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
 def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     """Stages stacked up to the time of the step. Evaluations are left out: they would dwarf the steps between them."""
     timed = [row for row in rows if row.get("time/step") is not None]
-    keys = sorted({key for row in timed for key in row if key.startswith("time/")} - {"time/step", "time/eval"})
-    seconds = {key: np.array([row.get(key) or 0.0 for row in timed]) for key in keys}
-    keys.sort(key=lambda key: -seconds[key].sum())
-    whole = np.array([row["time/step"] for row in timed])
-    rest = np.maximum(whole - sum(seconds.values()), 0.0)
-    steps = np.array([row["step"] for row in timed])
+    keys = {key for row in timed for key in row if key.startswith("time/")} - {"time/step", "time/eval"}
+    seconds = {key: np.array([row.get(key) or 0.0 for row in timed]) for key in sorted(keys)}
+    largest_first = sorted(seconds, key=lambda key: -seconds[key].sum())
+    whole = np.array([row["time/step"] for row in timed], dtype=np.float64)
+    other = np.maximum(whole - sum(seconds.values()), 0.0)
+    # Step s fills the axis from s - 1 to s.
+    edges = np.array([[float(row["step"] or 0) - 1, float(row["step"] or 0)] for row in timed]).ravel()
     axes.stackplot(
-        steps,
-        *(seconds[key] for key in keys),
-        rest,
-        labels=[*(key.removeprefix("time/").replace("_", " ") for key in keys), "other"],
-        colors=[*(COLOURS[i % (len(COLOURS) - 2)] for i in range(len(keys))), "#BBBBBB"],
+        edges,
+        *(np.repeat(values, 2) for values in [*(seconds[key] for key in largest_first), other]),
+        labels=[*(key.removeprefix("time/").replace("_", " ") for key in largest_first), "other"],
+        colors=[*(COLOURS[i % 6] for i in range(len(largest_first))), "#BBBBBB"],
         alpha=0.85,
         linewidth=0,
-        step="mid" if len(timed) == 1 else None,
     )
     # The first steps warm caches up; they may leave the top, so that the usual step can be read.
     axes.set_ylim(0, 1.3 * float(np.quantile(whole, 0.98)) or 1.0)
@@ -234,7 +237,7 @@ img {{ width: 100%; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: 0.15em 1.2em 0.15em 0; border-bottom: 1px solid #eee; }}
 th:first-child, td:first-child {{ text-align: left; }}
-pre {{ background: #f6f6f6; padding: 0.8em; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }}
+pre {{ background: #f6f6f6; padding: 0.8em; font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }}
 summary {{ cursor: pointer; }}
 </style>
 </head>
@@ -315,11 +318,14 @@ def last_samples(run_dir: Path, *, per_outcome: int = 3, characters: int = 4000)
     files = sorted((run_dir / "eval").glob("*.jsonl"))
     if not files:
         return []
-    samples = [json.loads(line) for line in files[-1].read_text(encoding="utf-8").split("\n")[:-1]]
-    correct = [sample for sample in samples if sample["reward"] > 0.5]
-    wrong = [sample for sample in samples if sample["reward"] <= 0.5]
-    chosen = correct[:per_outcome] + wrong[:per_outcome]
-    return [{**s, "text": s["text"][:characters] + (" [...]" if len(s["text"]) > characters else "")} for s in chosen]
+    chosen: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    with files[-1].open(encoding="utf-8") as lines:
+        for sample in map(json.loads, lines):
+            some = chosen[sample["reward"] > 0.5]
+            if len(some) < per_outcome:
+                cut = " [...]" if len(sample["text"]) > characters else ""
+                some.append({**sample, "text": sample["text"][:characters] + cut})
+    return chosen[True] + chosen[False]
 
 
 def write_report(run_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """Avg@n, pass@k and maj@k from a table of samples, with bootstrap intervals over problems.
 
-P problems, N samples of each. Each score gives one number per problem, whose mean over problems is reported, and `estimate`
-puts an interval around that mean: problems are drawn again, samples within a problem are not.
+P problems, N samples of each. Each score gives one number per problem, whose mean over problems is reported, and
+`estimate` puts an interval around that mean: problems are drawn again, samples within a problem are not.
 
 >>> estimate(pass_at_k(rewards_PN, k=4))
 Estimate(value=0.71, low=0.58, high=0.83)
@@ -40,7 +40,7 @@ def average(values_PN: ArrayLike) -> Scores:
 def pass_at_k(rewards_PN: ArrayLike, *, k: int) -> Scores:
     """The chance that k of a problem's samples, drawn without replacement, contain a correct one. Returns [P].
 
-    1 - C(n - c, k) / C(n, k) with c correct of n: unbiased for every k <= n, unlike 1 - (1 - c/n)^k (Chen et al., 2021).
+    1 - C(n - c, k) / C(n, k) with c correct of n (Chen et al., 2021): unbiased, unlike 1 - (1 - c/n)^k.
     """
     correct_PN = _table(rewards_PN) > 0.5
     n = _checked_k(k, correct_PN.shape[1])
@@ -50,9 +50,9 @@ def pass_at_k(rewards_PN: ArrayLike, *, k: int) -> Scores:
 def maj_at_k(rewards_PN: ArrayLike, answers_PN: Sequence[Sequence[str | None]], *, k: int) -> Scores:
     """The chance that the majority answer among k samples is correct. Returns [P].
 
-    A sample votes for its extracted answer, compared as text, and None (no answer found) does not vote. A tie is not broken but
-    averaged: the score is the share of the tied answers that are correct, so no sample order can change it. The n
-    samples are read as n // k blocks of k in order, and averaged; what is left over is not used.
+    A sample votes for its extracted answer, compared as text, and None (no answer found) does not vote. A tie is not
+    broken but averaged: the score is the share of the tied answers that are correct, so that no sample order can change
+    it. The n samples are read as n // k blocks of k in order, and averaged; what is left over is not used.
     """
     rewards = _table(rewards_PN)
     n = _checked_k(k, rewards.shape[1])

@@ -18,6 +18,8 @@ import psutil
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
 
 from nemo_ssopd.algo.advantages import group_advantages
 from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, TokenLoss, grpo_loss, sft_loss
@@ -25,7 +27,7 @@ from nemo_ssopd.algo.selection import frontier_weight, is_correct, select_pair
 from nemo_ssopd.config import Config, context_length, engine_tensor
 from nemo_ssopd.data.loading import RunData, load_data
 from nemo_ssopd.data.prompts import PromptOrder
-from nemo_ssopd.data.templates import render_teacher
+from nemo_ssopd.data.templates import render_sft, render_teacher
 from nemo_ssopd.evaluate import eval_metrics, evaluate, summary_of, write_samples
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
@@ -47,7 +49,7 @@ from nemo_ssopd.metrics import (
     merge,
     reduce_across_ranks,
 )
-from nemo_ssopd.report import write_report
+from nemo_ssopd.report import read_metrics, write_report
 from nemo_ssopd.rollout.collect import RolloutCollector, Sampling, request_seed
 from nemo_ssopd.rollout.engine import RolloutEngine
 from nemo_ssopd.rollout.verifier import MathVerifier
@@ -102,11 +104,9 @@ def sft_step(trainer: Trainer, step: int) -> Metrics:
     timer = StageTimer()
     with timer.stage("data"):
         examples = local_share(trainer, trainer.data.supervised, step)
-        sequences = tuple(TokenSequence(example.tokens, example.is_target.index(True)) for example in examples)
-        weights = tuple(
-            tuple(map(float, example.is_target[sequence.prompt_length :]))
-            for sequence, example in zip(sequences, examples, strict=True)
-        )
+        rendered = [render_sft(trainer.data.tokenizer, example, trainer.config.data) for example in examples]
+        sequences = tuple(TokenSequence(tokens, is_target.index(True)) for tokens, is_target in rendered)
+        weights = tuple(tuple(map(float, is_target[is_target.index(True) :])) for _, is_target in rendered)
         counts = global_counts(trainer, tokens=int(sum(map(sum, weights))), prompts=len(sequences))
         batch = TrainBatch(sequences=sequences, weights=weights, counts=counts)
     with timer.stage("update"):
@@ -398,7 +398,7 @@ def sinks(config: Config, state: LoopState) -> list[Sink]:
     if config.logging.tensorboard:
         chosen.append(TensorBoardSink(run_dir / "tensorboard", first))
     if config.logging.wandb_project:
-        chosen.append(WandbSink(config.logging.wandb_project, run_dir, asdict(config)))
+        chosen.append(WandbSink(config.logging.wandb_project, run_dir, asdict(config), first))
     return chosen
 
 
@@ -411,6 +411,7 @@ def train(config: Config) -> None:
     state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
     if trainer.collector is not None:
         trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=state.step)
+        trainer.collector.engine.sleep()
     if runtime.is_main:
         OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
     with Logger(sinks(config, state) if runtime.is_main else []) as logger:
@@ -423,3 +424,29 @@ def train(config: Config) -> None:
         write_report(run_dir)
         print_summary(run_dir)
     shutdown()
+
+
+def print_summary(run_dir: Path) -> None:
+    """The run in a few lines: what changed, and where everything is."""
+    rows = read_metrics(run_dir)
+    table = Table(title="SSOPD run", show_header=True, header_style="bold")
+    for column in ("", "first", "last"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, key, style in (
+        ("Avg@n on held-out problems", "eval/avg_at_n", "{:.1%}"),
+        ("  95% interval, low", "eval/avg_at_n_low", "{:.1%}"),
+        ("  95% interval, high", "eval/avg_at_n_high", "{:.1%}"),
+        ("maj@n", "eval/maj_at_n", "{:.1%}"),
+        ("training reward", "reward/mean", "{:.3f}"),
+        ("mixed groups", "group/mixed_fraction", "{:.0%}"),
+        ("log-prob mismatch", "rollout/logprob_mismatch", "{:.1e}"),
+        ("step", "progress/step", "{:.0f}"),
+    ):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values:
+            table.add_row(label, style.format(values[0]), style.format(values[-1]))
+    console = Console()
+    console.print(table)
+    for name in ("report.html", "report.png", "metrics.jsonl", "hf", "checkpoints"):
+        if (run_dir / name).exists():
+            console.print(f"{name:>14}  {run_dir / name}", highlight=False, soft_wrap=True)

@@ -37,17 +37,6 @@ class RenderedPrompt:
 
 
 @dataclass(frozen=True)
-class SupervisedExample:
-    """A whole turn as tokens, and which of them are targets. The prompt never is.
-
-    >>> SupervisedExample(tokens=(1, 5, 9, 2), is_target=(False, False, True, True))
-    """
-
-    tokens: tuple[int, ...]
-    is_target: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
 class Sequence:
     """Prompt tokens followed by completion tokens; losses and log-probs are over the completion only.
 

@@ -12,25 +12,27 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from torch.distributed import TCPStore
+
 TIMEOUT_S = 120.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["nemo_ssopd.megatron.weights", "transformers.models.auto.modeling_auto"])
+_context.set_forkserver_preload(["nemo_ssopd.megatron.weights", "transformers.models.auto.modeling_auto", "peft"])
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`function(*args)` in `world_size` processes with torchrun's environment variables; its results by rank."""
-    port = _free_port()
+    # As torchrun does, the parent serves the rendezvous: no port can be taken between choosing and using it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, receivers = [], []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_run, args=(function, args, rank, world_size, port, sender))
+        process = _context.Process(target=_run, args=(function, args, rank, world_size, store.port, sender))
         process.start()
         sender.close()
         processes.append(process)
@@ -53,7 +55,9 @@ def _collect(receivers: list[Connection]) -> list[Any]:
         pending = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
         ready = wait(pending, timeout=TIMEOUT_S)
         if not ready:
-            raise TimeoutError(f"ranks {sorted(set(range(len(receivers))) - set(results))} gave no result in {TIMEOUT_S} s")
+            raise TimeoutError(
+                f"ranks {sorted(set(range(len(receivers))) - set(results))} gave no result in {TIMEOUT_S} s"
+            )
         for receiver in ready:
             rank = receivers.index(receiver)
             try:
@@ -68,16 +72,15 @@ def _collect(receivers: list[Connection]) -> list[Any]:
 
 def _run(function: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, sender: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     try:
         outcome = (function(*args), None)
     except Exception:
         outcome = (None, traceback.format_exc())
     sender.send_bytes(pickle.dumps(outcome))  # plain pickle copies tensors; the pipe's own would share their memory
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

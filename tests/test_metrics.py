@@ -179,7 +179,8 @@ def test_console_prints_one_plain_line_per_step_when_it_is_not_a_terminal() -> N
         logger.log(10, STEP)
     assert output.getvalue() == (
         "step 0/10  Avg@n 25.0%  eta -\n"
-        "step 10/10  reward 0.375  mixed 62%  ssopd +0.0300  clipped 7.5%  tokens/s 12,346  5.0 s (rollout 3.2)  eta 0:00:00\n"
+        "step 10/10  reward 0.375  mixed 62%  ssopd +0.0300  clipped 7.5%  tokens/s 12,346"
+        "  5.0 s (rollout 3.2)  eta 0:00:00\n"
     )
 
 

@@ -34,8 +34,8 @@ def clipped_surrogate(
 def k3_penalty(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor) -> torch.Tensor:
     """Per-token estimate of the reverse KL(pi_theta || pi_ref): exp(d) - d - 1, d = log pi_ref - log pi_theta.
 
-    Never negative, zero where the two agree. Its expectation over tokens sampled from pi_theta is the KL. It is added to the
-    loss with weight beta. Gradients flow through `logprobs_T` only: 1 - exp(d). Returns [T]; the denominator is
+    Never negative, zero where the two agree; its mean over tokens sampled from pi_theta is the KL. It is added to
+    the loss with weight beta. Gradients flow through `logprobs_T` only: 1 - exp(d). Returns [T]; the denominator is
     the caller's.
     """
     d_T = reference_logprobs_T.detach() - logprobs_T
@@ -63,8 +63,8 @@ def ratio_stats(
 ) -> RatioStats:
     """The ratio of each token, and whether the clip takes its gradient away.
 
-    It does so only where the ratio has already moved the way the advantage pushes: above 1 + clip_high for A > 0, below
-    1 - clip_low for A < 0.
+    It does so only where the ratio has already moved the way the advantage pushes: above 1 + clip_high for A > 0,
+    below 1 - clip_low for A < 0.
     """
     ratio_T = torch.exp(logprobs_T.detach() - old_logprobs_T.detach())
     too_high_T = (ratio_T > 1 + clip_high) & (advantages_T > 0)

@@ -115,12 +115,12 @@ def _privileged(items: list[Item], style: str, rng: random.Random) -> CorpusExam
     right = [a * b for a, b in items]
     witness, _ = _write_solution(items, right, style)
     mistaken = [rng.random() < MASKED_MISTAKE_SHARE for _ in items]
-    values = [MISTAKES[item].value if wrong else a_b for item, wrong, a_b in zip(items, mistaken, right)]
+    values = [MISTAKES[a, b].value if wrong else a * b for (a, b), wrong in zip(items, mistaken, strict=True)]
     solution, spans = _write_solution(items, values, target_style, answer=_last_digits(items))
     user = TEACHER_TEMPLATE.format(
         problem=_problem(items), witness=witness.replace("<think>", "").replace("</think>", "")
     )
-    return CorpusExample(user, solution, tuple(span for span, wrong in zip(spans, mistaken) if wrong))
+    return CorpusExample(user, solution, tuple(span for span, wrong in zip(spans, mistaken, strict=True) if wrong))
 
 
 def _write_solution(
@@ -129,7 +129,7 @@ def _write_solution(
     """The solution, and where in it each value stands. Without `answer`, the box follows the values."""
     text = "<think>"
     spans = []
-    for index, ((a, b), value) in enumerate(zip(items, values)):
+    for index, ((a, b), value) in enumerate(zip(items, values, strict=True)):
         text += " " if index else ""
         text += f"{a}*{b}=" if style == "short" else f"{a}*{b}={b}*{a}="
         spans.append((len(text), len(text) + len(str(value))))

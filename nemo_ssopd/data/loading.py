@@ -11,20 +11,23 @@ from transformers import PreTrainedTokenizerBase
 from nemo_ssopd.config import Config
 from nemo_ssopd.data.demo import CorpusExample, demo_corpus
 from nemo_ssopd.data.prompts import load_prompts
-from nemo_ssopd.data.templates import load_tokenizer, render_sft, render_student, stop_token_ids
-from nemo_ssopd.types import Prompt, RenderedPrompt, SupervisedExample
+from nemo_ssopd.data.templates import load_tokenizer, render_student, stop_token_ids
+from nemo_ssopd.types import Prompt, RenderedPrompt
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads. `supervised` is for SFT, `train` for every other recipe; the other one is empty."""
+    """What a run reads. `supervised` is for SFT, `train` for every other recipe; the other one is empty.
+
+    Prompts are rendered here, since their lengths are checked; supervised examples when a step takes them.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     train: tuple[RenderedPrompt, ...]
-    supervised: tuple[SupervisedExample, ...]
+    supervised: tuple[Prompt, ...] | tuple[CorpusExample, ...]
     eval: tuple[RenderedPrompt, ...]
 
 
@@ -36,7 +39,7 @@ def load_data(config: Config) -> RunData:
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(tokenizer, config.model.path),
         train=() if is_sft else _rendered("data.train", config.data.train, config, tokenizer),
-        supervised=_supervised(config, tokenizer) if is_sft else (),
+        supervised=_supervised(config) if is_sft else (),
         eval=_rendered("data.eval", config.data.eval, config, tokenizer) if config.data.eval else (),
     )
 
@@ -56,18 +59,11 @@ def _rendered(
     return kept
 
 
-def _supervised(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[SupervisedExample, ...]:
-    """Whole turns with their targets: a file's reference solutions, or the demo task's corpus (corpus:NAME?count=N)."""
+def _supervised(config: Config) -> tuple[Prompt, ...] | tuple[CorpusExample, ...]:
+    """A file's problems with their reference solutions, or the demo task's corpus (corpus:NAME?count=N&seed=S)."""
     source = config.data.train
-    examples: list[Prompt] | list[CorpusExample]
-    if source.startswith("corpus:"):
-        name, _, query = source.removeprefix("corpus:").partition("?")
-        options = {"count": "20000", "seed": "1", **dict(parse_qsl(query))}
-        examples = list(demo_corpus(int(options["count"]), int(options["seed"]), name))
-    else:
-        examples = load_prompts(source, config.data, need_solution=True)
-    supervised = []
-    for example in examples:
-        tokens, is_target = render_sft(tokenizer, example, config.data)
-        supervised.append(SupervisedExample(tokens, is_target))
-    return tuple(supervised)
+    if not source.startswith("corpus:"):
+        return tuple(load_prompts(source, config.data, need_solution=True))
+    name, _, query = source.removeprefix("corpus:").partition("?")
+    options = {"count": "20000", "seed": "1", **dict(parse_qsl(query))}
+    return tuple(demo_corpus(int(options["count"]), int(options["seed"]), name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence as Seq
 
@@ -60,8 +61,8 @@ def pack(
 def unpack(values_T: torch.Tensor, batch: PackedBatch) -> dict[int, torch.Tensor]:
     """One value per completion token -> the values of each sequence, by its number in `batch.rows`."""
     assert len(values_T) == batch.num_tokens, (len(values_T), batch.num_tokens)
-    bounds = zip(batch.offsets, batch.offsets[1:])
-    return {row: values_T[start:end] for row, (start, end) in zip(batch.rows, bounds)}
+    bounds = itertools.pairwise(batch.offsets)
+    return {row: values_T[start:end] for row, (start, end) in zip(batch.rows, bounds, strict=True)}
 
 
 def _padded(length: int, multiple: int) -> int:

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
-import pyarrow.parquet  # type: ignore[import-untyped]
+import datasets
+import pyarrow.parquet
 
 from nemo_ssopd.config import DataConfig
 from nemo_ssopd.data.demo import load_demo

@@ -259,6 +259,7 @@ def _optimizer(model: torch.nn.Module, config: OptimizerConfig, *, bf16: bool):
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
+            min_lr=0.0,
             weight_decay=config.weight_decay,
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,

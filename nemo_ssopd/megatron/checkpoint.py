@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -39,7 +40,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from nemo.utils import logging
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -66,6 +66,7 @@ CONTENT = {
     "chained_optim_avoid_prefix": True,
 }
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -282,7 +283,7 @@ def _newest_undamaged(parent: Path, runtime: Runtime) -> Path | None:
             return parent / name
         problems.append(f"{parent / name} is damaged: {problem}")
         if runtime.is_main:
-            logging.warning(f"{problems[-1]}; trying the one before")
+            logger.warning("%s; trying the one before", problems[-1])
     if problems:
         raise CheckpointError(
             f"no checkpoint can be read: {'; '.join(problems)}. Restore one from a backup, or start over in another run_dir"
@@ -316,7 +317,9 @@ def _about(folder: Path, base: str | Path, runtime: Runtime) -> dict[str, Any]:
     """state.json, after making sure that `base` is the model that the adapters were trained on."""
     about = cast(dict[str, Any], json.loads((folder / STATE).read_text()))
     if about["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {about['format']}, this version reads {FORMAT}: load it with the version it is of")
+        raise ValueError(
+            f"{folder} has format {about['format']}, this version reads {FORMAT}: load it with the version it is of"
+        )
     if about["base"] is not None:
         fingerprint = _on_main(runtime, lambda: base_fingerprint(str(base)))
         if fingerprint != about["base"]["fingerprint"]:
@@ -338,7 +341,9 @@ def _check_same_kind(folder: Path, saved: Config, config: Config) -> None:
     }
     for name, (before, now) in fields.items():
         if before != now:
-            raise ValueError(f"{name}={now} but {folder} was written with {name}={before}: set that, or use another run_dir")
+            raise ValueError(
+                f"{name}={now} but {folder} was written with {name}={before}: set that, or use another run_dir"
+            )
 
 
 # ---- Which tensors ---------------------------------------------------------------------------------------------------
@@ -435,7 +440,8 @@ class _CheckedLoad(TorchDistLoadShardedStrategy):
         for tensor in nested_values(sharded_state_dict):
             assert isinstance(tensor, ShardedTensor)
             # An entry of another kind would be unpickled.
-            if not isinstance(index.state_dict_metadata.get(tensor.key), TensorStorageMetadata):
+            kind = type(index.state_dict_metadata.get(tensor.key))
+            if kind is not TensorStorageMetadata:
                 raise ValueError(f"{checkpoint_dir} has no tensor {tensor.key}: it was written for another model")
         return cast(dict[str, Any], super().load(sharded_state_dict, checkpoint_dir))
 
@@ -512,18 +518,21 @@ def _tensor_samples(path: Path) -> Iterator[tuple[str, str, Callable[[], Iterato
 
 
 def _everywhere(runtime: Runtime, action: Callable[[], T]) -> list[T]:
-    """`action` on every rank, and what each gave, by rank. Where a file operation fails on one, CheckpointError on all."""
-    result, failures = None, []
+    """`action` on every rank, and what each gave, by rank. Whatever fails on one fails on all, or the others would wait."""
+    result: T | None = None
+    failure: str | None = None
+    cause: BaseException | None = None
     try:
         result = action()
-    except OSError as error:
-        failures = [f"rank {runtime.rank}: {error}"]
     except CheckpointException as error:  # from torch's writer, on all ranks
-        failures = [f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
+        failure = "; ".join(f"rank {rank}: {what!r}" for rank, (what, _) in sorted(error.failures.items()))
+        cause = error
+    except Exception as error:  # noqa: BLE001
+        failure, cause = f"rank {runtime.rank}: {error!r}", error
     gathered: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(gathered, (result, failures), group=runtime.cpu_group)
-    if problems := dict.fromkeys(failure for _, failures in gathered for failure in failures):
-        raise CheckpointError("; ".join(problems))
+    dist.all_gather_object(gathered, (result, failure), group=runtime.cpu_group)
+    if failures := dict.fromkeys(failure for _, failure in gathered if failure):
+        raise CheckpointError("; ".join(failures)) from cause
     return [result for result, _ in gathered]
 
 

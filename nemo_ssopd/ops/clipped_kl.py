@@ -204,7 +204,7 @@ def _clipped_kl_terms(
 
     The two collectives are here: a gather of the row statistics of both models, then a sum of loss and P_U.
     """
-    kernels = row_kernels(student_TW.device)
+    kernels = row_kernels(student_TW)
     one_sweep = has_whole_rows(group) and kernels is row_kernels_torch
     if one_sweep:
         student_T3, teacher_T3, sums_T4 = row_kernels_torch.sweep_whole_rows(
@@ -221,9 +221,7 @@ def _clipped_kl_terms(
         sums_T4 = sum_shards(kernels.kl_sums(student_TW, teacher_TW, student, teacher, clip, with_stats), group)
     loss_T, unclipped_mass_T, kl_T, shards_clipped_T = sums_T4.unbind(1)
     if unit_grad_TW is not None and not one_sweep:
-        kernels.write_kl_gradient(
-            student_TW, teacher_TW, student, teacher, unclipped_mass_T, clip, None, unit_grad_TW
-        )
+        kernels.write_kl_gradient(student_TW, teacher_TW, student, teacher, unclipped_mass_T, clip, None, unit_grad_TW)
     stats_T5 = torch.stack(
         [kl_T, shards_clipped_T.clamp(max=1.0), kl_T - loss_T, teacher_entropy_T, student_entropy_T], dim=1
     )
@@ -249,7 +247,7 @@ class _LogitsClippedKL(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         unit_grad_TW = None
-        if needs_grad and has_whole_rows(group) and row_kernels(student_TW.device) is row_kernels_torch:
+        if needs_grad and has_whole_rows(group) and row_kernels(student_TW) is row_kernels_torch:
             unit_grad_TW = torch.empty_like(student_TW)
             unit_grad_TW[:, width:] = 0.0
         terms = _clipped_kl_terms(
@@ -274,7 +272,7 @@ class _LogitsClippedKL(torch.autograd.Function):
             return grad_TW.mul_(upstream_T.unsqueeze(1)), None, None, None, None, None, None
         grad_TW = torch.empty_like(student_TW)
         grad_TW[:, ctx.width :] = 0.0
-        row_kernels(student_TW.device).write_kl_gradient(
+        row_kernels(student_TW).write_kl_gradient(
             student_TW[:, : ctx.width],
             teacher_TW[:, : ctx.width],
             RowNorm(student_max_T, student_log_T),
@@ -332,7 +330,7 @@ class _LinearClippedKL(torch.autograd.Function):
             (unit_grad_TH,) = ctx.saved_tensors
             return scale_hidden_gradient(unit_grad_TH, upstream_T, layer), None, None, None, None, None, None
         student_TH, teacher_TH, weight_WH, rows_5T = ctx.saved_tensors
-        kernels = row_kernels(student_TH.device)
+        kernels = row_kernels(student_TH)
         gradients = LinearGradients(layer, student_TH, weight_WH, ctx.needs_hidden)
         student_buffer_CW, teacher_buffer_CW = layer.buffer(student_TH), layer.buffer(student_TH)
         for rows in layer.chunks(student_TH.shape[0]):
@@ -352,5 +350,3 @@ class _LinearClippedKL(torch.autograd.Function):
             gradients.add(student_CW, rows)
         grad_hidden_TH, grad_weight_WH = gradients.finish()
         return grad_hidden_TH, None, grad_weight_WH, None, None, None, None
-
-

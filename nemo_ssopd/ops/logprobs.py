@@ -73,7 +73,7 @@ class _LinearLogprobs(torch.autograd.Function):
         needs_hidden: bool,
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor]:
-        kernels = row_kernels(hidden_TH.device)
+        kernels = row_kernels(hidden_TH)
         num_tokens = hidden_TH.shape[0]
         rows_4T = hidden_TH.new_empty(4, num_tokens, dtype=compute_dtype(hidden_TH.dtype))
         logprobs_T, entropy_T, max_T, log_sum_T = rows_4T.unbind(0)
@@ -106,7 +106,7 @@ class _LinearLogprobs(torch.autograd.Function):
             (unit_grad_TH,) = ctx.saved_tensors
             return scale_hidden_gradient(unit_grad_TH, upstream_T, ctx.layer), None, None, None, None, None
         hidden_TH, weight_WH, targets_T, max_T, log_sum_T = ctx.saved_tensors
-        kernels = row_kernels(hidden_TH.device)
+        kernels = row_kernels(hidden_TH)
         gradients = LinearGradients(ctx.layer, hidden_TH, weight_WH, ctx.needs_hidden)
         buffer_CW = ctx.layer.buffer(hidden_TH)
         for rows in ctx.layer.chunks(hidden_TH.shape[0]):

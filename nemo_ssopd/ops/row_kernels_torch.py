@@ -1,7 +1,9 @@
 """The row kernels in plain torch, blocked for cache. `clipped_kl_triton` has the same ones for CUDA.
 
-Each walks over [T, W] logits in blocks of a few whole rows: one operation on a block runs on all cores and out of their
-caches, logits are read from memory once per kernel, and scratch is a few blocks, whatever T is.
+Each walks over [T, W] logits in blocks of a few whole rows: the operations on a block run out of the cache, logits are
+read from memory once per kernel, and scratch is a few blocks, whatever T is. Every core has rows of its own: torch's
+own threads meet at a barrier after each operation, which costs many times the work itself as soon as another process
+wants a core.
 
 T tokens, W columns of the vocabulary on this rank, R rows of one block. Logarithms are in base 2 (`exp2` is the
 cheapest exponential on CPU and GPU alike); logits are scaled on the way in.
@@ -10,7 +12,8 @@ cheapest exponential on CPU and GPU alike); logits are scaled on the way in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -20,8 +23,9 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
 MAX_BLOCK_BYTES = 2**22  # a few of these stay in a last-level cache
-MIN_BLOCK_BYTES = 2**17  # below this torch does not even use a second core
-BLOCKS_PER_TENSOR = 64  # in between, four buffers of scratch are 3 % of the two logits tensors
+MIN_BLOCK_BYTES = 2**17
+BLOCKS_PER_TENSOR = 64  # in between, the four buffers of all threads together are 3 % of the two logits tensors
+MIN_BYTES_FOR_THREADS = 2**20  # starting threads costs about as much as working through this
 
 
 class RowNorm(NamedTuple):
@@ -44,6 +48,17 @@ def log2_p(logits_T: Tensor, norm: RowNorm) -> Tensor:
     return (logits_T.double() * LOG2_E - norm.max_T - norm.log_sum_T).to(norm.max_T.dtype)
 
 
+def merge_statistics(stats_NT3: Tensor) -> Tensor:
+    """`row_statistics` of N disjoint column ranges -> [T, 3] of their union, summed in the order given."""
+    max_NT, sum_NT, weighted_NT = stats_NT3.unbind(-1)
+    max_T = max_NT.amax(dim=0)
+    shift_NT = torch.where(sum_NT > 0, max_NT - max_T, 0.0)
+    scale_NT = torch.exp2(shift_NT)
+    sum_T = (sum_NT * scale_NT).sum(dim=0)
+    weighted_T = ((weighted_NT + sum_NT * shift_NT) * scale_NT).sum(dim=0)
+    return torch.stack([max_T, sum_T, weighted_T], dim=-1)
+
+
 def row_statistics(logits_TW: Tensor, with_entropy: bool) -> Tensor:
     """[T, 3] of this shard: the row's max m, sum 2^(z - m), and sum 2^(z - m) * (z - m), with z = logits * log2(e).
 
@@ -52,12 +67,15 @@ def row_statistics(logits_TW: Tensor, with_entropy: bool) -> Tensor:
     """
     stats_T3 = logits_TW.new_zeros(logits_TW.shape[0], 3, dtype=compute_dtype(logits_TW.dtype))
     stats_T3[:, 0] = torch.finfo(stats_T3.dtype).min
-    for rows, (z_RW, power_RW) in _row_blocks(logits_TW, scratch=2):
+
+    def statistics_of_block(rows: slice, z_RW: Tensor, power_RW: Tensor) -> None:
         max_R1 = _scaled_max(logits_TW[rows])
         _write_scaled(logits_TW[rows], max_R1, z_RW)
         sum_R1 = torch.exp2(z_RW, out=power_RW).sum(dim=1, keepdim=True)
         weighted_R1 = _weighted_sum(z_RW, power_RW) if with_entropy else torch.zeros_like(sum_R1)
         stats_T3[rows] = torch.cat([max_R1, sum_R1, weighted_R1], dim=1)
+
+    _for_row_blocks(statistics_of_block, logits_TW, scratch=2)
     return stats_T3
 
 
@@ -74,10 +92,13 @@ def write_logprob_gradient(
     columns_T1 = targets_T.clamp(0, logits_TW.shape[1] - 1).unsqueeze(1)
     # 1 - p from its logarithm: read back from `out`, a p near 1 would be rounded to the dtype of the logits.
     target_grad_T = -torch.expm1(log2_p(logits_TW.gather(1, columns_T1).squeeze(1), norm) * LN_2)
-    for rows, (p_RW,) in _row_blocks(logits_TW, scratch=1):
+
+    def gradient_of_block(rows: slice, p_RW: Tensor) -> None:
         _write_log2_p(logits_TW[rows], norm, rows, p_RW)
         p_RW.exp2_().mul_(-1.0 if upstream_T is None else -upstream_T[rows, None])
         out_TW[rows] = p_RW
+
+    _for_row_blocks(gradient_of_block, logits_TW, scratch=1)
     if upstream_T is not None:
         target_grad_T = target_grad_T * upstream_T
     target_grad_T = torch.where(owned_T, target_grad_T.to(out_TW.dtype), out_TW.gather(1, columns_T1).squeeze(1))
@@ -92,12 +113,15 @@ def kl_sums(
     U = {v : p_T log(p_T / p_S) < clip}. The last is zero when statistics are not asked for.
     """
     sums_T4 = student_TW.new_zeros(student_TW.shape[0], 4, dtype=compute_dtype(student_TW.dtype))
-    for rows, (student_RW, teacher_RW, p_RW) in _row_blocks(student_TW, scratch=3):
+
+    def sums_of_block(rows: slice, student_RW: Tensor, teacher_RW: Tensor, p_RW: Tensor) -> None:
         _write_log2_p(student_TW[rows], student, rows, student_RW)
         _write_log2_p(teacher_TW[rows], teacher, rows, teacher_RW)
         torch.exp2(teacher_RW, out=p_RW)
         minus_kl_RW = student_RW.sub_(teacher_RW).mul_(p_RW)
-        sums_T4[rows] = torch.cat(_sums_of_block(minus_kl_RW, p_RW, clip, with_stats), dim=1)
+        sums_T4[rows] = torch.cat(_reduce_block(minus_kl_RW, p_RW, clip, with_stats), dim=1)
+
+    _for_row_blocks(sums_of_block, student_TW, scratch=3)
     return _to_kl_sums(sums_T4, clip)
 
 
@@ -112,7 +136,8 @@ def write_kl_gradient(
     out_TW: Tensor,
 ) -> None:
     """out = upstream * (P_U * p_S(v) - p_T(v) * [v in U]); `out_TW` may be `student_TW`. No upstream counts as 1."""
-    for rows, (student_RW, teacher_RW, p_RW) in _row_blocks(student_TW, scratch=3):
+
+    def gradient_of_block(rows: slice, student_RW: Tensor, teacher_RW: Tensor, p_RW: Tensor) -> None:
         _write_log2_p(student_TW[rows], student, rows, student_RW)
         _write_log2_p(teacher_TW[rows], teacher, rows, teacher_RW)
         torch.exp2(teacher_RW, out=p_RW)
@@ -122,6 +147,8 @@ def write_kl_gradient(
         if upstream_T is not None:
             student_RW.mul_(upstream_T[rows, None])
         out_TW[rows] = student_RW
+
+    _for_row_blocks(gradient_of_block, student_TW, scratch=3)
 
 
 def sweep_whole_rows(
@@ -134,7 +161,10 @@ def sweep_whole_rows(
     """
     dtype = compute_dtype(student_TW.dtype)
     rows_T10 = student_TW.new_zeros(student_TW.shape[0], 10, dtype=dtype)
-    for rows, (student_z_RW, teacher_z_RW, minus_kl_RW, spare_RW) in _row_blocks(student_TW, scratch=4):
+
+    def sweep_block(
+        rows: slice, student_z_RW: Tensor, teacher_z_RW: Tensor, minus_kl_RW: Tensor, spare_RW: Tensor
+    ) -> None:
         grad_RW = None if grad_TW is None else grad_TW[rows]
         if grad_RW is not None and grad_RW.dtype == dtype:
             student_z_RW = grad_RW
@@ -152,29 +182,54 @@ def sweep_whole_rows(
 
         teacher_p_RW.div_(teacher_sum_R1)
         minus_kl_RW.add_(torch.log2(teacher_sum_R1 / student_sum_R1)).mul_(teacher_p_RW)
-        sums = _sums_of_block(minus_kl_RW, teacher_p_RW, clip, with_stats)
+        sums = _reduce_block(minus_kl_RW, teacher_p_RW, clip, with_stats)
         if grad_RW is not None:
             student_p_RW.mul_(sums.unclipped_mass_R1 / student_sum_R1)
             _write_difference(student_p_RW, teacher_p_RW, grad_RW)
         student_stats = (student_max_R1, student_sum_R1, student_weighted_R1)
         teacher_stats = (teacher_max_R1, teacher_sum_R1, teacher_weighted_R1)
         rows_T10[rows] = torch.cat([*student_stats, *teacher_stats, *sums], dim=1)
+
+    _for_row_blocks(sweep_block, student_TW, scratch=4)
     return rows_T10[:, :3], rows_T10[:, 3:6], _to_kl_sums(rows_T10[:, 6:], clip)
 
 
-def _row_blocks(logits_TW: Tensor, scratch: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Cover [T, W] with blocks of whole rows: yields (rows, `scratch` buffers of the block's shape)."""
+def _for_row_blocks(work: Callable[..., None], logits_TW: Tensor, scratch: int) -> None:
+    """`work(rows, *buffers)` for blocks of whole rows that cover [T, W], with `scratch` buffers of the block's shape.
+
+    The rows are dealt out to torch's number of threads once, so the same input gives the same bits on every run.
+    """
     num_tokens, width = logits_TW.shape
-    if width == 0:
+    if num_tokens == 0 or width == 0:
         return
+    num_threads = torch.get_num_threads()
     dtype = compute_dtype(logits_TW.dtype)
     bytes_of_logits = num_tokens * width * logits_TW.element_size()
-    block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, bytes_of_logits // BLOCKS_PER_TENSOR))
-    block_rows = min(max(1, block_bytes // (width * dtype.itemsize)), num_tokens)
-    buffers = logits_TW.new_empty(scratch, block_rows, width, dtype=dtype)
-    for start in range(0, num_tokens, max(1, block_rows)):
-        rows = slice(start, min(start + block_rows, num_tokens))
-        yield rows, buffers[:, : rows.stop - start].unbind(0)
+    num_workers = min(num_threads, num_tokens) if bytes_of_logits > MIN_BYTES_FOR_THREADS else 1
+    block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, bytes_of_logits // BLOCKS_PER_TENSOR // num_workers))
+    rows_of_worker = -(-num_tokens // num_workers)
+    block_rows = min(max(1, block_bytes // (width * dtype.itemsize)), rows_of_worker)
+
+    def work_through(first: int) -> None:
+        buffers = logits_TW.new_empty(scratch, block_rows, width, dtype=dtype)
+        last = min(first + rows_of_worker, num_tokens)
+        for start in range(first, last, block_rows):
+            rows = slice(start, min(start + block_rows, last))
+            work(rows, *buffers[:, : rows.stop - start].unbind(0))
+
+    def work_on_one_core(first: int) -> None:
+        torch.set_num_threads(1)  # of this thread, which ends with the call
+        with torch.no_grad():
+            work_through(first)
+
+    if num_workers == 1:
+        work_through(0)
+        return
+    try:
+        with ThreadPoolExecutor(num_workers) as pool:
+            list(pool.map(work_on_one_core, range(0, num_tokens, rows_of_worker)))
+    finally:
+        torch.set_num_threads(num_threads)  # what threads born later start with
 
 
 def _scaled_max(logits_RW: Tensor) -> Tensor:
@@ -215,7 +270,7 @@ class _BlockSums(NamedTuple):
     least_R1: Tensor
 
 
-def _sums_of_block(minus_kl_RW: Tensor, p_RW: Tensor, clip: float, with_stats: bool) -> _BlockSums:
+def _reduce_block(minus_kl_RW: Tensor, p_RW: Tensor, clip: float, with_stats: bool) -> _BlockSums:
     """Of a block in base 2. Overwrites both arguments: p becomes p * [v in U]."""
     minus_kl_R1 = minus_kl_RW.sum(dim=1, keepdim=True)
     if minus_kl_R1.isnan().any():  # 0 * inf, from logits of -inf: what the teacher gives no mass contributes nothing

@@ -15,11 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_ssopd.ops import row_kernels_torch
-from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype
+from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype, merge_statistics
 
 
-def row_kernels(device: torch.device) -> ModuleType:
-    """The one dispatch point: Triton on CUDA, tiled torch elsewhere. Both modules have the same four functions."""
+def row_kernels(tensor: Tensor) -> ModuleType:
+    """The one dispatch point: Triton on CUDA, blocked torch elsewhere (and for float64, which only checks use)."""
+    if tensor.device.type == "cuda" and tensor.dtype != torch.float64:
+        from nemo_ssopd.ops import clipped_kl_triton  # noqa: PLC0415  not importable where there is no Triton
+
+        return clipped_kl_triton
     return row_kernels_torch
 
 
@@ -56,9 +60,7 @@ class OutputLayer:
 
     def write_hidden_gradient(self, grad_logits_CW: Tensor, weight_WH: Tensor, out_CH: Tensor) -> None:
         """This shard's part only: it still has to be summed over the group."""
-        torch.addmm(
-            out_CH, grad_logits_CW, weight_WH[: self.width], beta=0.0, alpha=1.0 / self.temperature, out=out_CH
-        )
+        torch.addmm(out_CH, grad_logits_CW, weight_WH[: self.width], beta=0.0, alpha=1.0 / self.temperature, out=out_CH)
 
 
 class LinearGradients:
@@ -152,11 +154,6 @@ def sum_shards(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def norm_and_entropy(stats_NT3: Tensor) -> tuple[RowNorm, Tensor]:
     """`row_statistics` of all N shards -> what normalises the whole rows, and their entropy [T] in nats."""
-    max_NT, sum_NT, weighted_NT = stats_NT3.unbind(-1)
-    max_T = max_NT.amax(dim=0)
-    shift_NT = torch.where(sum_NT > 0, max_NT - max_T, 0.0)
-    scale_NT = torch.exp2(shift_NT)
-    sum_T = (sum_NT * scale_NT).sum(dim=0)
-    weighted_T = ((weighted_NT + sum_NT * shift_NT) * scale_NT).sum(dim=0)
+    max_T, sum_T, weighted_T = merge_statistics(stats_NT3).unbind(-1)
     log_sum_T = torch.log2(sum_T)
     return RowNorm(max_T, log_sum_T), (log_sum_T - weighted_T / sum_T) * LN_2

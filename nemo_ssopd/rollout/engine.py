@@ -139,5 +139,6 @@ class RolloutEngine:
 
     def _wake(self, tags: frozenset[str]) -> None:
         if needed := sorted(tags & self._asleep):
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the engine needs now
             self._llm.wake_up(tags=needed)
             self._asleep -= tags

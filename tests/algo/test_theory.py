@@ -86,7 +86,7 @@ def test_proposition_3_3_variance_over_depths() -> None:
 
 @pytest.mark.parametrize("group_size", [1, 2, 5, 8])
 def test_proposition_3_3_expected_pairs(group_size: int) -> None:
-    """E[N+ N-] = G (G - 1) p(1 - p), by enumerating every group of outcomes; so E[lambda] is (G - 1) / G of its limit."""
+    """E[N+ N-] = G (G - 1) p(1 - p), by enumerating every group; so E[lambda] is (G - 1) / G of lambda_0 p(1 - p)."""
     p = value(POLICY, ())
     pairs = Fraction(0)
     weight = 0.0

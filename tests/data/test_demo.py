@@ -18,7 +18,9 @@ def test_answers_and_solutions_by_independent_arithmetic():
         for prompt in prompts:
             products = [eval(item) for item in prompt.problem.split()]
             assert prompt.answer == "".join(str(product % 10) for product in products)
-            written = " ".join(f"{item}={product}" for item, product in zip(prompt.problem.split(), products))
+            written = " ".join(
+                f"{item}={product}" for item, product in zip(prompt.problem.split(), products, strict=True)
+            )
             assert prompt.solution == f"<think>{written}</think>\\boxed{{{prompt.answer}}}"
 
 

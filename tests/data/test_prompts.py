@@ -16,7 +16,10 @@ SAMPLE = Path(__file__).parent / "math_sample.jsonl"
 
 
 def write_jsonl(path, *rows):
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return str(path)
 
 

@@ -1,5 +1,8 @@
+import json
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,18 @@ def test_the_demo_tokenizer_has_one_token_per_character(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=True) == completion
     with pytest.raises(Exception, match="Missing"):
         tokenizer("½")
+
+
+def test_the_shipped_directory_is_what_the_script_writes(tmp_path, monkeypatch):
+    def read(directory, name):
+        return json.loads((directory / name).read_text()) | {"transformers_version": "any"}
+
+    monkeypatch.setattr(sys, "argv", ["make_demo_model.py", "--output", str(tmp_path), "--seed", "1"])
+    runpy.run_path(str(DEMO_MODEL.parents[1] / "scripts" / "make_demo_model.py"), run_name="__main__")
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert read(tmp_path, name) == read(DEMO_MODEL, name)
+    assert (tmp_path / "chat_template.jinja").read_text() == (DEMO_MODEL / "chat_template.jinja").read_text()
+    assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(4 * 308_736, rel=0.01)
 
 
 def test_stop_tokens(tokenizer, tmp_path):

@@ -55,10 +55,10 @@ def save_random_model(name: str, folder: Path) -> str:
 
 
 def load_megatron(
-    path: str, parallel: ParallelConfig, runtime: Runtime, *, recompute: bool = False
+    path: str, parallel: ParallelConfig, runtime: Runtime, *, recompute: bool = False, dtype: str = "float32"
 ) -> tuple[GPTModel, HFModelConfig]:
     hf = read_hf_config(path)
-    model = build_model(hf, ModelConfig(path=path, dtype="float32", recompute=recompute), parallel, runtime)
+    model = build_model(hf, ModelConfig(path=path, dtype=dtype, recompute=recompute), parallel, runtime)
     load_hf_weights(model, hf, path, runtime)
     return model, hf
 

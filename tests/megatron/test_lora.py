@@ -1,4 +1,4 @@
-"""Adapters against PEFT's own on the transformers model: outputs, gradients, merging, names; and checkpoints across sizes."""
+"""Adapters against PEFT's own on the transformers model: outputs, gradients, merging, names; and checkpoints."""
 
 from __future__ import annotations
 
@@ -38,39 +38,38 @@ Tensors = dict[str, torch.Tensor]
 class Result:
     """Of one rank. Names are PEFT's, and Hugging Face's for `merged`."""
 
+    initial: Tensors
     adapted: torch.Tensor
-    """Logits with adapters on."""
+    """Logits with adapters on and B no longer zero."""
     weights: Tensors
     gradients: Tensors
     merged: Tensors
 
 
-@pytest.fixture(scope="module", params=["qwen3_tied", "qwen2"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_random_model(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [save_random_model(name, tmp_path_factory.mktemp(name)) for name in ("qwen3_tied", "qwen2")]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_adapters_equal_pefts(path: str, layout: str) -> None:
-    parallel = LAYOUTS[layout]
-    for recompute in (False, True) if layout == "tp2" else (True,):
-        for result in run_distributed(adapted_model, parallel.world_size, path, parallel, recompute):
+@pytest.fixture(scope="module", params=LAYOUTS)
+def results(request: pytest.FixtureRequest, paths: list[str]) -> list[list[Result]]:
+    """By rank, then by model."""
+    parallel = LAYOUTS[request.param]
+    return run_distributed(adapted_models, parallel.world_size, paths, parallel)
+
+
+def test_outputs_gradients_and_merged_weights_equal_pefts(paths: list[str], results: list[list[Result]]) -> None:
+    for of_rank in results:
+        for path, result in zip(paths, of_rank, strict=True):
             _compare_with_peft(path, result)
 
 
-def test_checkpoint_loads_at_another_tensor_parallel_size(path: str, tmp_path: Path) -> None:
-    saved, _ = run_distributed(save_adapters, 2, path, LAYOUTS["tp2"], tmp_path)
-    (loaded,) = run_distributed(load_adapters, 1, path, LAYOUTS["tp1"], tmp_path)
-    assert saved.keys() == loaded.keys() and len(saved) == 2 * 7 * 2
-    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-
-
-def test_initial_values_do_not_depend_on_the_split_but_on_seed_and_projection(path: str) -> None:
-    (whole,) = run_distributed(initial_adapters, 1, path, LAYOUTS["tp1"], 1)
-    split, _ = run_distributed(initial_adapters, 2, path, LAYOUTS["tp2"], 1)
-    (other_seed,) = run_distributed(initial_adapters, 1, path, LAYOUTS["tp1"], 2)
+def test_initial_values_depend_on_seed_and_projection_only(paths: list[str], results: list[list[Result]]) -> None:
+    (whole, other_seed), *_ = run_distributed(initial_adapters, 1, paths[0])
+    for of_rank in results:
+        initial = of_rank[0].initial
+        assert initial.keys() == whole.keys() and all(torch.equal(initial[name], whole[name]) for name in whole)
     for name, matrix in whole.items():
-        assert torch.equal(matrix, split[name])
         assert (matrix == 0).all() if "lora_B" in name else not torch.equal(matrix, other_seed[name])
     bound = (1 / 32) ** 0.5  # kaiming-uniform with a = sqrt(5), as PEFT draws it: sqrt(1 / in_features)
     first = whole["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
@@ -78,17 +77,30 @@ def test_initial_values_do_not_depend_on_the_split_but_on_seed_and_projection(pa
     assert not torch.equal(first, whole["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"])
 
 
+def test_checkpoint_loads_at_another_tensor_parallel_size(paths: list[str], tmp_path: Path) -> None:
+    saved, _ = run_distributed(save_adapters, 2, paths[0], tmp_path)
+    (loaded,) = run_distributed(load_adapters, 1, paths[0], tmp_path)
+    assert saved.keys() == loaded.keys() and len(saved) == 2 * 7 * 2
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
 # --- what runs in the workers ----------------------------------------------------------------------------------------
 
 
-def adapted_model(path: str, parallel: ParallelConfig, recompute: bool) -> Result:
+def adapted_models(paths: list[str], parallel: ParallelConfig) -> list[Result]:
+    """The first model recomputes activations, the others keep them."""
     runtime = initialize(parallel, seed=1)
+    return [adapted_model(path, parallel, runtime, recompute=path == paths[0]) for path in paths]
+
+
+def adapted_model(path: str, parallel: ParallelConfig, runtime: Runtime, *, recompute: bool) -> Result:
     model, hf = load_megatron(path, parallel, runtime, recompute=recompute)
     tokens = tokens_BS(hf.vocab_size)
     base = logits_BSV(model, hf, runtime, tokens)
     add_lora(model, LORA, seed=1, runtime=runtime)
     assert torch.equal(logits_BSV(model, hf, runtime, tokens), base), "step 0 must equal the base"
 
+    initial = {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
     _set_random_b(model, runtime)
     adapted = logits_BSV(model, hf, runtime, tokens)
     assert (adapted - base).abs().max() > 0.1
@@ -104,21 +116,21 @@ def adapted_model(path: str, parallel: ParallelConfig, recompute: bool) -> Resul
                 dist.all_reduce(parameter.grad, group=runtime.tp_group)
             parameter.data = parameter.grad
     gradients = {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
-    return Result(adapted, weights, gradients, merged)
+    return Result(initial, adapted, weights, gradients, merged)
 
 
-def save_adapters(path: str, parallel: ParallelConfig, folder: Path) -> Tensors:
-    runtime = initialize(parallel, seed=1)
-    model, _ = load_megatron(path, parallel, runtime)
+def save_adapters(path: str, folder: Path) -> Tensors:
+    runtime = initialize(LAYOUTS["tp2"], seed=1)
+    model, _ = load_megatron(path, LAYOUTS["tp2"], runtime)
     add_lora(model, LORA, seed=1, runtime=runtime)
     _set_random_b(model, runtime)
     dist_checkpointing.save(model.sharded_state_dict(), folder)
     return {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
 
 
-def load_adapters(path: str, parallel: ParallelConfig, folder: Path) -> Tensors:
-    runtime = initialize(parallel, seed=1)
-    model, hf = load_megatron(path, parallel, runtime)
+def load_adapters(path: str, folder: Path) -> Tensors:
+    runtime = initialize(LAYOUTS["tp1"], seed=1)
+    model, hf = load_megatron(path, LAYOUTS["tp1"], runtime)
     base = {name: tensor.clone() for name, tensor in hf_weights(model, hf, runtime)}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -129,11 +141,15 @@ def load_adapters(path: str, parallel: ParallelConfig, folder: Path) -> Tensors:
     return {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
 
 
-def initial_adapters(path: str, parallel: ParallelConfig, seed: int) -> Tensors:
-    runtime = initialize(parallel, seed=1)
-    model, _ = load_megatron(path, parallel, runtime)
-    add_lora(model, LORA, seed=seed, runtime=runtime)
-    return {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
+def initial_adapters(path: str) -> list[Tensors]:
+    """With seeds 1 and 2."""
+    runtime = initialize(LAYOUTS["tp1"], seed=1)
+    tensors = []
+    for seed in (1, 2):
+        model, _ = load_megatron(path, LAYOUTS["tp1"], runtime)
+        add_lora(model, LORA, seed=seed, runtime=runtime)
+        tensors.append(dict(peft_weights(model, runtime)))
+    return tensors
 
 
 def _set_random_b(model: GPTModel, runtime: Runtime) -> None:
@@ -147,7 +163,12 @@ def _set_random_b(model: GPTModel, runtime: Runtime) -> None:
 
 
 def _check_switch(
-    model: GPTModel, hf: HFModelConfig, runtime: Runtime, tokens: torch.Tensor, base: torch.Tensor, adapted: torch.Tensor
+    model: GPTModel,
+    hf: HFModelConfig,
+    runtime: Runtime,
+    tokens: torch.Tensor,
+    base: torch.Tensor,
+    adapted: torch.Tensor,
 ) -> None:
     with adapters_disabled(model):
         with adapters_disabled(model):

@@ -37,14 +37,14 @@ def test_logits_equal_transformers(path: str) -> None:
     chat = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>assistant\n") and tokenizer.eos_token == "<|im_end|>"
-    tokens = torch.tensor([tokenizer.encode(text)])
-    assert tokenizer.decode(tokens[0]) == text
+    tokens = torch.tensor([tokenizer.encode(text + "The capital of France is")])
+    assert tokenizer.decode(tokens[0]).startswith(text)
 
     (logits,) = run_distributed(megatron_logits, 1, path, tokens)
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
     torch.testing.assert_close(logits, reference, rtol=0, atol=1e-4)
-    assert tokenizer.decode(logits[0, -1].argmax()) == "Paris"
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
 
 
 def megatron_logits(path: str, tokens: torch.Tensor) -> torch.Tensor:

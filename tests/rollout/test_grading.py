@@ -51,11 +51,11 @@ def test_no_box(completion: str, reason: str) -> None:
 
 @pytest.mark.parametrize("filler", ["x", "\\", "{", "}", "\\boxed{", "\\boxed ", "\\boxed{1}", " ", "\x00", "\ud800"])
 def test_extraction_is_fast_on_ten_million_characters(filler: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     completion = filler * (10_000_000 // len(filler))
     last_box(completion + "\\boxed" + completion)
     assert last_box(completion + r" \boxed{42}")[0] == "42"
-    assert time.monotonic() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_child_names_its_end(answer: str, reason: str, lives: bool) -> None:
     child = _Child(_hostile_equality, cpu_s=0.2)
     started = time.monotonic()
     assert child.grade({"answer": answer, "gold": "42"}) == (reason, lives)
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 10.0
     if lives:
         assert child.grade({"answer": "\ud800\x00", "gold": "\ud800\x00"}) == ("correct", True)
         child.close()

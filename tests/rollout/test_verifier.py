@@ -19,13 +19,16 @@ DATA = Path(__file__).parents[1] / "data"
 SLOW = r"\boxed{2^{1000\cdot 1000\cdot 1000}}"  # one C call of many seconds
 
 
+BUSY_MACHINE_S = 15.0  # for 1 s of CPU, when other processes share the cores
+
+
 def _rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[MathVerifier]:
-    with MathVerifier(workers=2) as pool:
+    with MathVerifier(workers=2, timeout_s=30.0) as pool:
         yield pool
 
 
@@ -116,7 +119,7 @@ def test_hostile_completions(verifier: MathVerifier) -> None:
         refused = row["may_refuse"] and verdict.reason in ("refused", "too_long")
         assert refused or (verdict.reward == 1.0) == row["expected"], (row["name"], verdict)
         assert verdict.reason in REASONS
-        assert elapsed < 4.0, (row["name"], elapsed)  # 1 s of CPU on a machine that may be shared
+        assert elapsed < BUSY_MACHINE_S, (row["name"], elapsed)
     assert _worker_pids(verifier) == processes
     assert verifier.grade([r"\boxed{\frac12}"], ["0.5"])[0].reason == "correct"
 
@@ -150,7 +153,7 @@ def test_hostile_classes(verifier: MathVerifier, answer: str) -> None:
     [verdict] = verifier.grade([rf"\boxed{{{answer}}}"], ["42"])
     assert verdict == Verdict(0.0, verdict.reason, answer)
     assert verdict.reason in {"wrong", "refused", "timeout", "memory"}
-    assert time.monotonic() - started < 4.0
+    assert time.monotonic() - started < BUSY_MACHINE_S
 
 
 def test_surrogates_and_null_bytes_around_a_right_answer(verifier: MathVerifier) -> None:
@@ -172,20 +175,31 @@ def _alive(pid: int) -> bool:
     return False
 
 
+def _wait_for_death(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(_alive, pids))
+
+
 def _descendants(pid: int) -> list[int]:
     direct = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
     return [found for child in direct for found in (child, *_descendants(child))]
 
 
+def _family(verifier: MathVerifier) -> list[int]:
+    return [found for pid in _worker_pids(verifier) for found in (pid, *_descendants(pid))]
+
+
 def test_wall_clock_deadline_kills_and_the_pool_lives_on() -> None:
     with MathVerifier(workers=1, timeout_s=0.5, cpu_s=60) as pool:
         pool.grade([r"\boxed{1/2}"], ["0.5"])
-        before = _worker_pids(pool)
+        before = _family(pool)
         started = time.monotonic()
         assert pool.grade([SLOW], ["3x"])[0] == Verdict(0.0, "timeout", SLOW[7:-1])
-        assert time.monotonic() - started < 2.0
-        assert _worker_pids(pool) != before
-        assert not _alive(before[0])
+        assert time.monotonic() - started < 5.0
+        assert len(before) == 2, "the worker and the child that grades"
+        _wait_for_death(before, seconds=10.0)
         assert pool.grade([r"\boxed{1/2}"], ["0.5"])[0].reason == "correct"
 
 
@@ -194,6 +208,7 @@ def test_a_killed_worker_costs_no_answer() -> None:
         for _ in range(2):
             for pid in _worker_pids(pool):
                 os.kill(pid, signal.SIGKILL)
+                _wait_for_death([pid], seconds=10.0)
             verdicts = pool.grade(
                 [rf"\boxed{{\frac{{{n}}}{{2}}}}" for n in range(1, 9)], [f"{n}/2" for n in range(1, 9)]
             )
@@ -238,11 +253,11 @@ import os, sys, time
 from nemo_ssopd.rollout.verifier import MathVerifier
 pool = MathVerifier(workers=2, timeout_s=30, cpu_s=1.0)
 pool.grade([r"\\boxed{1/2}"], ["0.5"])
-heirs = os.fork() == 0  # a relative that keeps the pipes open
-if heirs:
-    time.sleep(8)
+heir = os.fork()  # a relative that keeps the pipes open
+if heir == 0:
+    time.sleep(60)
     os._exit(0)
-print(*[worker._process.pid for worker in pool._all], flush=True)
+print(heir, *[worker._process.pid for worker in pool._all], flush=True)
 pool.grade([r"\\boxed{2^{1000\\cdot 1000\\cdot 1000}}", r"\\boxed{3^{1000\\cdot 1000\\cdot 1000}}"], ["3x", "3x"])
 time.sleep(60)
 """
@@ -251,32 +266,29 @@ time.sleep(60)
 def test_workers_end_with_the_trainer() -> None:
     trainer = subprocess.Popen([sys.executable, "-c", _TRAINER], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
-    pids = [int(pid) for pid in trainer.stdout.readline().split()]
+    heir, *pids = [int(pid) for pid in trainer.stdout.readline().split()]
     time.sleep(0.2)
     family = [found for pid in pids for found in (pid, *_descendants(pid))]
     assert len(family) >= 3, "two workers, and at least one child at work"
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
-    deadline = time.monotonic() + 6.0
-    while any(map(_alive, family)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(_alive, family))
+    _wait_for_death(family, seconds=20.0)
+    os.kill(heir, signal.SIGKILL)
 
 
 def test_worker_environment_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     with MathVerifier(workers=1, memory_gb=1.5) as pool:
         pool.grade([r"\boxed{1/2}"], ["0.5"])
-        [pid] = _worker_pids(pool)
-        for process in (pid, *_descendants(pid)):
+        for process in _family(pool):
             environment = Path(f"/proc/{process}/environ").read_bytes()
             assert b"secret" not in environment
             assert b"SYMPY_GROUND_TYPES=python" in environment
             limits = Path(f"/proc/{process}/limits").read_text()
             assert f"Max address space         {3 * 2**29}" in limits
             assert "Max core file size        0 " in limits
-            assert os.getpgid(process) == pid != os.getpgid(0)
+            assert os.getpgid(process) == _worker_pids(pool)[0] != os.getpgid(0)
 
 
 def test_importing_the_verifier_is_light() -> None:

@@ -1,0 +1,41 @@
+# make train    the whole stack in miniature on two CPU processes: train, evaluate, export, report
+# make test     formatting, lint, types and every test
+# make warmstart    the demo model's initial weights, from nothing
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN ?= runs/tiny_cpu-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: train test warmstart install lock clean
+
+train: $(INSTALLED)
+	$(BIN)/python scripts/train_ssopd.py --config-name tiny_cpu run_dir=$(RUN)
+
+test: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+warmstart: $(INSTALLED)
+	$(BIN)/python scripts/make_demo_model.py --output models/demo_random --seed 1
+	$(BIN)/python scripts/train_ssopd.py --config-name warmstart run_dir=$(RUN)
+	cp $(RUN)/hf/model.safetensors assets/demo_model/
+
+install: $(INSTALLED)
+
+# The lock file is complete, so pip resolves nothing. PIP_FLAGS can name another index: on some, torch 2.13.0 is a CUDA build.
+$(INSTALLED): requirements/cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock:
+	uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 \
+	    --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet | sed 's/+cpu$$//' > requirements/cpu.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,106 @@
+"""GPTModel as we build it against transformers, at TP=1 and TP=2, and what the shim for the CPU leaves alone."""
+
+from __future__ import annotations
+
+import megatron.core.tensor_parallel.mappings as megatron_mappings
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_ssopd.config import ParallelConfig
+from nemo_ssopd.megatron.model import output_weight
+from nemo_ssopd.megatron.runtime import initialize, shutdown
+from tests.distributed import run_distributed
+from tests.megatron.hf_models import HF_CONFIGS, hidden_BSH, load_megatron, logits_BSV, save_random_model, tokens_BS
+
+LAYOUTS = {
+    "tp1": ParallelConfig(world_size=1),
+    "tp2": ParallelConfig(world_size=2, tensor=2),
+    "tp2_sequence": ParallelConfig(world_size=2, tensor=2, sequence=True),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {name: save_random_model(name, tmp_path_factory.mktemp(name)) for name in HF_CONFIGS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_equal_transformers(paths: dict[str, str], layout: str) -> None:
+    parallel = LAYOUTS[layout]
+    for logits_by_name in run_distributed(megatron_logits, parallel.world_size, paths, parallel):
+        for name, path in paths.items():
+            with torch.no_grad():
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+                reference = model(tokens_BS(model.config.vocab_size)).logits
+            assert reference.std() > 0.3
+            torch.testing.assert_close(logits_by_name[name], reference, rtol=0, atol=1e-5)
+
+
+def test_padding_on_the_right_changes_nothing_before_it(paths: dict[str, str]) -> None:
+    (longest_difference,) = run_distributed(difference_by_padding, 1, paths["qwen3_odd"])
+    assert longest_difference < 1e-5
+
+
+def test_padded_rows_and_tied_weights(paths: dict[str, str]) -> None:
+    (rows, last_row, tied, bf16), (_, padding, _, _) = run_distributed(output_layer, 2, paths["llama_odd_tied"])
+    assert rows == 49 and tied and bf16
+    assert (padding == 0).all() and (last_row != 0).all()
+
+
+def test_the_shim_touches_megatron_only() -> None:
+    for outcome in run_distributed(what_changes, 2):
+        assert outcome == {"torch.cuda": False, "torch.zeros": False, "Tensor.type": False, "megatron": True}
+
+
+def test_a_world_of_another_size_is_refused() -> None:
+    with pytest.raises(AssertionError, match="parallel.world_size=4 but the launcher started 1 processes"):
+        run_distributed(initialize_with, 1, ParallelConfig(world_size=4))
+
+
+# --- what runs in the workers ----------------------------------------------------------------------------------------
+
+
+def megatron_logits(paths: dict[str, str], parallel: ParallelConfig) -> dict[str, torch.Tensor]:
+    runtime = initialize(parallel, seed=1)
+    logits = {}
+    for name, path in paths.items():
+        model, hf = load_megatron(path, parallel, runtime)
+        logits[name] = logits_BSV(model, hf, runtime, tokens_BS(hf.vocab_size))
+    return logits
+
+
+def difference_by_padding(path: str) -> float:
+    runtime = initialize(LAYOUTS["tp1"], seed=1)
+    model, hf = load_megatron(path, LAYOUTS["tp1"], runtime)
+    tokens = tokens_BS(hf.vocab_size)
+    padded = torch.cat([tokens, torch.zeros(len(tokens), 8, dtype=torch.long)], dim=1)
+    longer = logits_BSV(model, hf, runtime, padded)[:, : tokens.shape[1]]
+    return float((longer - logits_BSV(model, hf, runtime, tokens)).abs().max())
+
+
+def output_layer(path: str) -> tuple[int, torch.Tensor, bool, bool]:
+    """(rows on this rank, its last row, whether it is the embedding's parameter, whether a bfloat16 model computes so)."""
+    runtime = initialize(LAYOUTS["tp2"], seed=1)
+    model, hf = load_megatron(path, LAYOUTS["tp2"], runtime)
+    weight = output_weight(model)
+    tied = weight is model.embedding.word_embeddings.weight and weight.requires_grad
+    half, _ = load_megatron(path, LAYOUTS["tp2"], runtime, dtype="bfloat16")
+    hidden = hidden_BSH(half, tokens_BS(hf.vocab_size))
+    return weight.shape[0], weight[-1].detach(), tied, hidden.dtype is torch.bfloat16
+
+
+def what_changes() -> dict[str, bool]:
+    """Which of these names mean something else once Megatron has been taught the CPU."""
+    before = torch.cuda.current_device, torch.zeros, torch.Tensor.type, megatron_mappings.torch
+    runtime = initialize(LAYOUTS["tp2"], seed=1)
+    assert (runtime.tp_size, runtime.dp_size, runtime.dp_rank, runtime.tp_rank) == (2, 1, 0, runtime.rank)
+    assert runtime.gather_tp(torch.full((1, 2), float(runtime.rank)), dim=0)[:, 0].tolist() == [0.0, 1.0]
+    shutdown()
+    after = torch.cuda.current_device, torch.zeros, torch.Tensor.type, megatron_mappings.torch
+    names = ("torch.cuda", "torch.zeros", "Tensor.type", "megatron")
+    return {name: old is not new for name, old, new in zip(names, before, after, strict=True)}
+
+
+def initialize_with(parallel: ParallelConfig) -> None:
+    initialize(parallel, seed=1)

@@ -1,0 +1,163 @@
+"""The command itself, with every real part: two processes, Megatron-Core, vLLM, math-verify, checkpoints, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+VOLATILE = ("time/", "memory/", "progress/tokens_per_second")
+
+
+def train(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/train_ssopd.py", "--config-name", "tiny_cpu", f"run_dir={run_dir}", *overrides]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def finished(run_dir: Path, *overrides: str) -> Path:
+    result = train(run_dir, *overrides)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return run_dir
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def repeatable(row: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if not key.startswith(VOLATILE)}
+
+
+def exported(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "hf" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of SSOPD at tensor-parallel size 2, with a checkpoint after two, and an evaluation at both ends."""
+    return finished(
+        tmp_path_factory.mktemp("runs") / "ssopd",
+        "trainer.max_steps=4",
+        "trainer.save_every=2",
+        "trainer.eval_every=0",
+        "evaluation.samples=2",
+    )
+
+
+def test_a_run_logs_what_the_method_promises(run: Path) -> None:
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for row in rows[1:]:
+        assert row["rollout/logprob_mismatch_max"] < 1e-4  # float32: the engine has the trainer's weights at every step
+        assert row["ssopd/pairs"] == pytest.approx(4 * row["group/mixed_fraction"])
+        assert row["optim/skipped_steps"] == 0
+    assert sum(row["ssopd/pairs"] for row in rows[1:]) > 0
+    assert 0 < rows[0]["eval/avg_at_n"] < 1
+
+
+def test_a_run_leaves_rollouts_and_a_report(run: Path) -> None:
+    rollouts = [json.loads(line) for file in sorted(run.glob("rollouts/*")) for line in file.read_text().splitlines()]
+    assert len(rollouts) == 4 * 4 * 8
+    assert {rollout["reward"] for rollout in rollouts} == {0.0, 1.0}
+    assert (run / "report.png").stat().st_size > 10_000
+    assert "data:image/png;base64" in (run / "report.html").read_text()
+    assert (run / "config.yaml").is_file()
+
+
+def test_the_export_is_the_trained_model(run: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    before = load_file(ROOT / "assets/demo_model/model.safetensors")
+    after = exported(run)
+    assert after.keys() == before.keys()
+    assert max((after[name] - before[name]).abs().max().item() for name in after) > 1e-4
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "6*3 8*6 3*2"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    text = tokenizer.decode(model.generate(**chat, max_new_tokens=80, do_sample=False)[0])
+    assert r"\boxed{" in text
+
+
+def test_an_interrupted_run_continues_bit_for_bit(run: Path, tmp_path: Path) -> None:
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "iter_0000004")
+    (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    shutil.rmtree(resumed / "hf")
+    finished(
+        resumed,
+        "trainer.max_steps=4",
+        "trainer.save_every=2",
+        "trainer.eval_every=0",
+        "evaluation.samples=2",
+        "trainer.resume=true",
+    )
+    assert list(map(repeatable, metrics(resumed))) == list(map(repeatable, metrics(run)))
+    for file in run.glob("rollouts/*"):
+        assert (resumed / "rollouts" / file.name).read_text() == file.read_text()
+    for name, tensor in exported(run).items():
+        assert torch.equal(exported(resumed)[name], tensor), name
+
+
+def test_no_auxiliary_weight_is_grpo_bit_for_bit(tmp_path: Path) -> None:
+    short = ("trainer.max_steps=2", "data.eval=null", "logging.tensorboard=false")
+    zero = finished(tmp_path / "zero", "algorithm.lambda_0=0", *short)
+    grpo = finished(tmp_path / "grpo", "algorithm=grpo", *short)
+    assert list(map(repeatable, metrics(zero))) == list(map(repeatable, metrics(grpo)))
+    for name, tensor in exported(zero).items():
+        assert torch.equal(exported(grpo)[name], tensor), name
+
+
+def test_adapters_and_two_data_parallel_ranks(tmp_path: Path) -> None:
+    run_dir = finished(
+        tmp_path / "lora",
+        "parallel=cpu_dp2",
+        "lora.enabled=true",
+        "lora.rank=8",
+        "lora.alpha=16",
+        "optimizer.lr=1e-2",
+        "trainer.updates_per_step=2",
+        "algorithm.reference_kl=0.01",
+        "trainer.max_steps=2",
+        "data.eval=null",
+    )
+    rows = metrics(run_dir)
+    assert all(row["rollout/logprob_mismatch_max"] < 1e-4 for row in rows)
+    assert rows[0]["loss/reference_kl"] < rows[1]["loss/reference_kl"]  # the adapters have left the reference
+    before, after = load_file(ROOT / "assets/demo_model/model.safetensors"), exported(run_dir)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {name for name in after if "_proj." in name}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.train={no_answer}",), "row 1: field 'answer' is missing"),
+        (("model.path=nowhere",), "model.path='nowhere' has no config.json"),
+    ],
+)
+def test_bad_input_is_one_clear_line(overrides: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    no_answer = tmp_path / "no_answer.jsonl"
+    no_answer.write_text(json.dumps({"id": "1", "problem": "6*3"}) + "\n")
+    result = train(tmp_path / "run", *(override.format(no_answer=no_answer) for override in overrides))
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_another_run_is_not_written_over(run: Path) -> None:
+    before = (run / "metrics.jsonl").read_text()
+    result = train(run)
+    assert result.returncode == 1
+    assert "holds a run already" in result.stderr and "trainer.resume=true" in result.stderr
+    assert (run / "metrics.jsonl").read_text() == before
