@@ -105,6 +105,7 @@ def _llama3_factor(file: Path, rope: dict[str, Any]) -> float | None:
     constants = {key: rope.get(key) for key in LLAMA3_ROPE_SCALING}
     if kind != "llama3" or constants != LLAMA3_ROPE_SCALING:
         raise ValueError(
-            f"{file}: RoPE scaling {rope} is not supported: only none, or 'llama3' with {LLAMA3_ROPE_SCALING} (any factor)"
+            f"{file}: RoPE scaling {rope} is not supported: only none, or 'llama3' "
+            f"with {LLAMA3_ROPE_SCALING} and any factor"
         )
     return float(rope["factor"])

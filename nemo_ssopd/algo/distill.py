@@ -12,8 +12,8 @@ from torch import Tensor
 def clipped_forward_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, clip: float) -> Tensor:
     """`l_t = sum_v min(p_T(v) * (log p_T(v) - log p_S(v)), clip)` of each token, [T], in nats (method, eqs. 3 and 6).
 
-    KL from the teacher to the student, to be minimised; not divided by anything. The clip applies to each summand before
-    the sum, and negative summands stay as they are, so the loss can be negative. The teacher gets no gradient.
+    KL from the teacher to the student, to be minimised; not divided by anything. The clip applies to each summand
+    before the sum; negative summands stay as they are, so the loss can be negative. The teacher gets no gradient.
 
     Example: p_T = (0.5, 0.5), p_S = (0.9, 0.1), clip 0.05: summands (-0.294, 0.805), loss -0.294 + 0.05 = -0.244.
     """

@@ -1,12 +1,13 @@
-"""Checkpoints of a run: written whole or not at all, verified by checksum, restored bit for bit, at any parallel layout.
+"""Checkpoints of a run: written whole or not at all, verified by checksum, restored bit for bit, at any layout.
 
     state = load_checkpoint(actor, config)             # newest undamaged one of run_dir; LoopState() without any
     save_checkpoint(actor, config, state)              # all ranks; run_dir/checkpoints/iter_0000100/
     model = load_policy(checkpoint, runtime, parallel) # for export and evaluation: no optimizer
 
-A checkpoint is a folder in Megatron-LM's layout: the tensors in Megatron-Core's distributed format (`torch_dist`), `state.json`,
-the run's `config.yaml`, the base model's config and tokenizer in `hf/`, and `manifest.json` with a checksum of every file.
-LoRA runs save the adapters, and a fingerprint of the base model that they belong to. `docs/checkpoints.md` says the rest.
+A checkpoint is a folder in Megatron-LM's layout: the tensors in Megatron-Core's distributed format (`torch_dist`),
+`state.json`, the run's `config.yaml`, the base model's config and tokenizer in `hf/`, and `manifest.json` with a
+checksum of every file. LoRA runs save the adapters, and a fingerprint of the base model that they belong to.
+`docs/checkpoints.md` says the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -58,8 +60,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST, STATE, COMMON, TENSOR_INDEX = "manifest.json", "state.json", "common.pt", ".metadata"
 FORMAT = 1
 
-# Of the formats that Megatron-Core has for the distributed optimizer, the one that loads at every other layout; its moments
-# are gathered in host memory on the first data-parallel rank.
+# Of the formats that Megatron-Core has for the distributed optimizer, the one that loads at every other layout; the
+# moments are gathered in host memory on the first data-parallel rank.
 CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -105,7 +107,7 @@ class LoopState:
 
 
 def save_checkpoint(actor: MegatronGRPOActor, config: Config, state: LoopState) -> Path:
-    """Write run_dir/checkpoints/iter_STEP, then remove what trainer.keep_checkpoints no longer covers. All ranks call it."""
+    """Write run_dir/checkpoints/iter_STEP, then remove older ones than trainer.keep_checkpoints. All ranks call it."""
     runtime = actor.runtime
     parent = Path(config.run_dir) / "checkpoints"
     final, temporary = parent / f"iter_{state.step:07}", parent / f".iter_{state.step:07}.tmp"
@@ -122,11 +124,11 @@ def save_checkpoint(actor: MegatronGRPOActor, config: Config, state: LoopState) 
         _seal(temporary, runtime)
         _on_main(runtime, lambda: _publish(temporary, final))
     except CheckpointError as error:
-        if runtime.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+        # Together: a rank that ends first would have the launcher end rank 0 before it is done.
+        _on_main(runtime, lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise CheckpointError(
-            f"step {state.step} could not be saved under run_dir={config.run_dir!r}: {error}. Older checkpoints are as they "
-            f"were: make room (trainer.keep_checkpoints), or set another run_dir, and start again with trainer.resume=true"
+            f"step {state.step} could not be saved under run_dir={config.run_dir!r}: {error}. Older checkpoints are as "
+            f"they were: make room, or lower trainer.keep_checkpoints, and start again with trainer.resume=true"
         ) from error
     if runtime.is_main:
         _remove_older(final, keep=config.trainer.keep_checkpoints)
@@ -144,8 +146,8 @@ def _start(parent: Path, temporary: Path) -> None:
 def _write_tensors(sharded: dict[str, Any], folder: Path, runtime: Runtime) -> None:
     """What `dist_checkpointing.save` does, in the same format, with two differences.
 
-    The tensors are written by this process: Megatron's writer starts helper processes, which import the main script again.
-    And a full disk on one rank is an error on all: in Megatron's, the others wait for it in a barrier.
+    The tensors are written by this process: Megatron's writer starts helpers, which import the main script again. And a
+    full disk on one rank is an error on all: there, the others would wait in a barrier.
     """
     tensors, common = save_preprocess(sharded)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
@@ -227,7 +229,7 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 def load_checkpoint(actor: MegatronGRPOActor, config: Config) -> LoopState:
     """Restore weights, moments and schedule from the newest undamaged checkpoint of run_dir. All ranks call it.
 
-    The optimizer's hyper-parameters are those of `config`, not of the checkpoint, so that a run can go on with another rate.
+    The optimizer's hyper-parameters are those of `config`, so that a run can go on with another learning rate.
     """
     runtime = actor.runtime
     folder = _newest_undamaged(Path(config.run_dir) / "checkpoints", runtime)
@@ -235,7 +237,6 @@ def load_checkpoint(actor: MegatronGRPOActor, config: Config) -> LoopState:
         return LoopState()
     about = _about(folder, config.model.path, runtime)
     _check_same_kind(folder, saved_config(folder), config)
-    _complete_moments(actor.optimizer)
     loaded = _read_tensors(_state_dict(actor, is_loading=True), folder)
     actor.model.load_state_dict(loaded["model"], strict=False)
     _load_optimizer(actor.optimizer, loaded["optimizer"])
@@ -255,7 +256,7 @@ def load_weights_only(model: GPTModel, checkpoint: Path, runtime: Runtime, *, ba
 def load_policy(
     checkpoint: Path, runtime: Runtime, parallel: ParallelConfig, *, base: str | Path | None = None
 ) -> GPTModel:
-    """The model of a checkpoint at any parallel layout, without an optimizer. `base` overrides where the base model is."""
+    """The model of a checkpoint at any layout, without an optimizer. `base` is for a base model that has moved."""
     config = saved_config(checkpoint)
     base = base or config.model.path
     hf = read_hf_config(checkpoint / "hf")
@@ -286,7 +287,7 @@ def _newest_undamaged(parent: Path, runtime: Runtime) -> Path | None:
             logger.warning("%s; trying the one before", problems[-1])
     if problems:
         raise CheckpointError(
-            f"no checkpoint can be read: {'; '.join(problems)}. Restore one from a backup, or start over in another run_dir"
+            f"no checkpoint can be read: {'; '.join(problems)}. Restore one from a backup, or set another run_dir"
         )
     return None
 
@@ -324,8 +325,9 @@ def _about(folder: Path, base: str | Path, runtime: Runtime) -> dict[str, Any]:
         fingerprint = _on_main(runtime, lambda: base_fingerprint(str(base)))
         if fingerprint != about["base"]["fingerprint"]:
             raise ValueError(
-                f"the adapters in {folder} were trained on {about['base']['path']!r}, and model.path={str(base)!r} holds other "
-                f"weights (fingerprint {fingerprint[:12]}, not {about['base']['fingerprint'][:12]}): point model.path at that model"
+                f"the adapters in {folder} were trained on {about['base']['path']!r}, and model.path={str(base)!r} "
+                f"holds other weights (fingerprint {fingerprint[:12]}, not {about['base']['fingerprint'][:12]}): "
+                f"point model.path at that model"
             )
     return about
 
@@ -354,11 +356,13 @@ def _state_dict(actor: MegatronGRPOActor, *, is_loading: bool) -> dict[str, Any]
     _complete_moments(actor.optimizer)
     weights = _trained_weights(actor.model)
     optimizer = actor.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(CONTENT))
+    if optimizer.get("param_state", ...) is None:  # gathered on another rank
+        del optimizer["param_state"]
     return {"model": weights, "optimizer": optimizer}
 
 
 def _trained_weights(model: GPTModel) -> dict[str, Any]:
-    """Adapters in a LoRA run, otherwise everything. What else modules would save, Transformer Engine's FP8 scales, we have not."""
+    """Adapters in a LoRA run, otherwise all. Modules would also save FP8 scales, as pickles; there are none."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: tensor for name, tensor in model.sharded_state_dict().items() if name in trained}
 
@@ -372,11 +376,17 @@ def _complete_moments(optimizer: ChainedOptimizer) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None:
-    """Moments, step counts and float32 weights. Megatron-Core leaves two things to us, both of torch's Adam (that is, CPU).
+def _inner(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Torch's part of an optimizer's state: with bf16 weights, it is one level down."""
+    return cast(dict[str, Any], state_dict.get("optimizer", state_dict))
 
-    Its distributed optimizer looks for a step count in each parameter's state of the checkpoint and does not find one, and
-    afterwards all parameters share one count, which each of them would then increment.
+
+def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None:
+    """Moments, step counts and float32 weights; hyper-parameters stay as they are.
+
+    With torch's Adam, that is on CPU, Megatron-Core leaves the step counts to us. Its distributed optimizer looks for
+    one in the saved state of each parameter, where none is, and then lets all parameters share one, which each would
+    increment. Its other optimizers do not save a count of 0.
     """
     (part,) = optimizer.chained_optimizers
     hyper_parameters = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in part.param_groups]
@@ -390,16 +400,17 @@ def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None
             if step is not None:
                 state["step"] = step.clone()
     else:
+        if isinstance(part.optimizer, torch.optim.Adam):
+            _inner(loaded)["state"].setdefault("common_step", torch.tensor(0.0))
         part.load_state_dict(loaded)
-        _complete_moments(optimizer)
     for group, values in zip(part.param_groups, hyper_parameters, strict=True):
         group.update(values)
 
 
 # ---- Reading tensors without running what is in the file -------------------------------------------------------------
 
-# Two files of Megatron-Core's format are pickles. Each is first read by an unpickler that knows the names below only, or by
-# torch's own for weights; only then does Megatron get to read it.
+# Two files of Megatron-Core's format are pickles. Each is first read by an unpickler that knows the names below only,
+# or by torch's own for weights; only then does Megatron get to read it.
 ALLOWED_IN_INDEX = {
     ("torch", "Size"),
     ("torch", "float32"),
@@ -443,7 +454,8 @@ class _CheckedLoad(TorchDistLoadShardedStrategy):
             kind = type(index.state_dict_metadata.get(tensor.key))
             if kind is not TensorStorageMetadata:
                 raise ValueError(f"{checkpoint_dir} has no tensor {tensor.key}: it was written for another model")
-        return cast(dict[str, Any], super().load(sharded_state_dict, checkpoint_dir))
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about torch's names for itself
+            return cast(dict[str, Any], super().load(sharded_state_dict, checkpoint_dir))
 
 
 def _read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -478,7 +490,7 @@ def _base(config: Config) -> dict[str, str] | None:
 
 @cache
 def base_fingerprint(path: str) -> str:
-    """A SHA-256 over the names, types, shapes and values of all tensors in a Hugging Face directory, however cut into files.
+    """SHA-256 over names, types, shapes and values of all tensors in a Hugging Face directory, however cut into files.
 
     Tensors of up to 1 MiB count whole, larger ones by 16 spread blocks of 64 KiB: any training run changes those.
     """
@@ -518,7 +530,7 @@ def _tensor_samples(path: Path) -> Iterator[tuple[str, str, Callable[[], Iterato
 
 
 def _everywhere(runtime: Runtime, action: Callable[[], T]) -> list[T]:
-    """`action` on every rank, and what each gave, by rank. Whatever fails on one fails on all, or the others would wait."""
+    """`action` on every rank, and what each gave. Whatever fails on one fails on all, or the others would wait."""
     result: T | None = None
     failure: str | None = None
     cause: BaseException | None = None
@@ -527,7 +539,7 @@ def _everywhere(runtime: Runtime, action: Callable[[], T]) -> list[T]:
     except CheckpointException as error:  # from torch's writer, on all ranks
         failure = "; ".join(f"rank {rank}: {what!r}" for rank, (what, _) in sorted(error.failures.items()))
         cause = error
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         failure, cause = f"rank {runtime.rank}: {error!r}", error
     gathered: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(gathered, (result, failure), group=runtime.cpu_group)

@@ -4,9 +4,9 @@
     with adapters_disabled(model):                                            # the base model: teacher and reference
         ...
 
-A projection's output becomes W x + alpha / r B A x. B starts at zero, so that step 0 equals the base. Parameters of the base
-keep their names; the adapters are called `...linear_qkv.lora_q.A` and so on, with true shapes in sharded checkpoints, so that
-they load at another tensor-parallel size.
+A projection's output becomes W x + alpha / r B A x. B starts at zero, so that step 0 equals the base. Parameters of the
+base keep their names; the adapters are called `...linear_qkv.lora_q.A` and so on. Sharded checkpoints know their whole
+shapes, so that they load at another tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from nemo_ssopd.megatron.runtime import Runtime
 
 
 def add_lora(model: GPTModel, lora: LoraConfig, *, seed: int, runtime: Runtime) -> None:
-    """Freeze `model` and give every projection an adapter. The initial values depend on the seed and the projection only."""
+    """Freeze `model` and give every projection an adapter; initial values depend on seed and projection only."""
     model.requires_grad_(False)
     column = partial(ColumnAdapter, lora=lora, seed=seed, runtime=runtime, config=model.config)
     row = partial(RowAdapter, lora=lora, seed=seed, runtime=runtime, config=model.config)
@@ -87,7 +87,9 @@ def adapters(model: GPTModel) -> Iterator[Adapter]:
 class Adapter(nn.Module):
     """The two matrices of one projection, this rank's part of them: x -> alpha / r B A x."""
 
-    sharded_axis: Mapping[str, int]
+    A: nn.Parameter
+    B: nn.Parameter
+    sharded_axis: ClassVar[Mapping[str, int]]
     """Which matrix the tensor-parallel ranks split, and along which axis; the other is the same on all of them."""
 
     def __init__(
@@ -114,12 +116,12 @@ class Adapter(nn.Module):
             axis = self.sharded_axis.get(name)
             part = matrix if axis is None else matrix.chunk(runtime.tp_size, dim=axis)[runtime.tp_rank]
             parameter = nn.Parameter(part.to(runtime.device, config.params_dtype).contiguous())
-            # For Megatron's gradient norm, which counts what is the same on all ranks once ...
             if axis is not None:
+                # For Megatron's gradient norm, which counts unmarked parameters on the first rank only.
                 set_tensor_model_parallel_attributes(parameter, True, axis, 1)
-            # ... and for its last step before the optimizer, which sums what each rank saw of the sequence only a part of.
             else:
-                parameter.sequence_parallel = config.sequence_parallel
+                # It sees only this rank's part of the sequence: finalize_model_grads sums such gradients.
+                parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
     def delta(self) -> torch.Tensor:
@@ -143,7 +145,7 @@ class Adapter(nn.Module):
 class ColumnAdapter(Adapter):
     """Output features are split: A is replicated, B holds this rank's rows."""
 
-    sharded_axis = {"B": 0}
+    sharded_axis: ClassVar[Mapping[str, int]] = {"B": 0}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         u = F.linear(x, self.A)
@@ -158,7 +160,7 @@ class ColumnAdapter(Adapter):
 class RowAdapter(Adapter):
     """Input features are split: A holds this rank's columns, B is replicated."""
 
-    sharded_axis = {"A": 1}
+    sharded_axis: ClassVar[Mapping[str, int]] = {"A": 1}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         u = F.linear(x, self.A)  # this rank's summand, of width r
@@ -188,9 +190,11 @@ class _AdaptedLinear(nn.Module):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         # The layer itself takes everything but its own weight for replicated; the adapters know better.
-        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         for name in self.adapter_names:
-            sharded.update(self.get_submodule(name).sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+            adapter = self.get_submodule(name)
+            assert isinstance(adapter, Adapter)
+            sharded.update(adapter.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
         return sharded
 
 
@@ -198,14 +202,15 @@ def _attach(linear: nn.Module, named: Mapping[str, Adapter], *, groups: int = 1)
     """Turn `linear` into an adapted one in place, as FSDP does: its parameters and their names stay as they are."""
     for name, adapter in named.items():
         linear.add_module(name, adapter)
+    linear.__class__ = type(f"Adapted{type(linear).__name__}", (_AdaptedLinear, type(linear)), {})
+    assert isinstance(linear, _AdaptedLinear)
     linear.adapters_enabled = True
     linear.adapter_names = tuple(named)
     linear.groups = groups
-    linear.__class__ = type(f"Adapted{type(linear).__name__}", (_AdaptedLinear, type(linear)), {})
 
 
 def _require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Recomputation builds a graph only for inputs that require a gradient, and a frozen embedding's output does not."""
+    """Recomputation builds a graph only for inputs that require a gradient; a frozen embedding's output does not."""
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 

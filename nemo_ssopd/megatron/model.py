@@ -4,8 +4,9 @@
     hidden_BSH = model(tokens_BS, position_ids_BS, attention_mask=None)  # rows padded on the right; attention is causal
     weight_WH = output_weight(model)                                     # this rank's rows of the output layer
 
-The model returns the final hidden states, not logits: the vocab-parallel losses multiply with the output weight themselves,
-in chunks. They also all-reduce the gradient of the hidden states over the tensor-parallel group, so the model does not.
+The model returns the final hidden states, not logits: the vocab-parallel losses multiply with the output weight
+themselves, in chunks. They also all-reduce the gradient of the hidden states over the tensor-parallel group, so the
+model does not.
 
 B rows, S padded row length, H hidden size, W a rank's shard of the (padded) vocabulary.
 """
@@ -90,7 +91,7 @@ class _TorchRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class _TEBackend(LocalSpecProvider):

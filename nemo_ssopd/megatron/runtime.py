@@ -5,7 +5,7 @@
     shutdown()
 
 On CUDA: NCCL, one GPU per process. Without: gloo and plain processes, and Megatron-Core is taught to live there (see
-`_teach_megatron_the_cpu`); nothing outside Megatron's own modules is changed, so vLLM and transformers see the real torch.
+`_teach_megatron_the_cpu`); nothing outside Megatron's own modules changes, so vLLM and transformers see the real torch.
 The default process group is the world, which is what vLLM's `external_launcher` builds on.
 """
 
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, distributed, optimizer, parallel_state, pipeline_parallel, tensor_parallel
-from megatron.core.dist_checkpointing.strategies import fully_parallel, torch as torch_dist
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async, fully_parallel, state_dict_saver
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.models import gpt
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -32,7 +33,18 @@ from megatron.core.tensor_parallel import random as megatron_random
 from nemo_ssopd.config import ParallelConfig
 
 # Imported so that `_teach_megatron_the_cpu` finds them in sys.modules, whatever the caller imports later.
-_USED_PARTS = (dist_checkpointing, distributed, fully_parallel, gpt, optimizer, pipeline_parallel, torch_dist)
+_USED_PARTS = (
+    async_utils,
+    dist_checkpointing,
+    distributed,
+    filesystem_async,
+    fully_parallel,
+    gpt,
+    optimizer,
+    pipeline_parallel,
+    state_dict_saver,
+    torch_dist,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,8 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Runtime:
     rank, world_size, local_rank = _launched_as()
     if world_size != parallel.world_size:
         raise ValueError(
-            f"parallel.world_size={parallel.world_size} but the launcher started {world_size} processes: make them equal"
+            f"parallel.world_size={parallel.world_size} but the launcher started {world_size} processes: "
+            "make them equal"
         )
     on_cuda = torch.cuda.is_available()
     timeout = timedelta(minutes=parallel.timeout_minutes)
@@ -110,13 +123,13 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Runtime:
         device=device,
         tp_group=tp_group,
         dp_group=parallel_state.get_data_parallel_group(),
-        cpu_group=dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD,
+        cpu_group=dist.new_group(backend="gloo", timeout=timeout),
         tp_cpu_group=_gloo_tp_group(parallel.tensor, world_size, timeout) if on_cuda else tp_group,
     )
 
 
 def shutdown() -> None:
-    """Leave the process group; afterwards `initialize` may be called again."""
+    """Leave the process groups, all ranks together."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -155,7 +168,7 @@ def _gloo_tp_group(tensor: int, world_size: int, timeout: timedelta) -> dist.Pro
 def _teach_megatron_the_cpu() -> None:
     """Answer, for 0.16 to 0.19, the CUDA calls that Megatron-Core has hard-wired, inside Megatron's own modules only.
 
-    1. Its modules get another `torch`: `torch.cuda.current_device()` is the CPU there, and `device="cuda"` means it too.
+    1. Its modules get another `torch`, where `torch.cuda.current_device()` is the CPU and `device="cuda"` means it.
     2. Activation recomputation saves and restores a CUDA random state: there is none.
     3. Its optimizers ask for a dtype by comparing `tensor.type()` with names such as "torch.cuda.FloatTensor": the
        constants in those four functions become the CPU's names.
@@ -183,6 +196,7 @@ def _torch_without_cuda() -> ModuleType:
     vars(cuda).update(vars(torch.cuda))
     vars(cuda).update(
         current_device=lambda: torch.device("cpu"),
+        current_stream=lambda: None,  # 0.19 asks for it, and uses it with CUDA graphs only
         manual_seed=lambda seed: None,
         synchronize=lambda *args: None,
     )

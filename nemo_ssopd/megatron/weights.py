@@ -6,8 +6,8 @@
     for name, tensor in peft_weights(model, runtime):        # the adapters by themselves
         ...
 
-Every Hugging Face tensor is, on each rank, a view into one Megatron parameter. That table is written once (`_shards`) and
-read in both directions: loading copies into the view, exporting gathers the views.
+Every Hugging Face tensor is, on each rank, a view into one Megatron parameter. That table is written once (`_shards`)
+and read in both directions: loading copies into the view, exporting gathers the views.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtim
 def hf_weights(
     model: GPTModel, hf: HFModelConfig, runtime: Runtime, *, merged: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of this pipeline stage, whole, under its Hugging Face name, in the model's dtype. Do not write to them.
+    """Every tensor of this pipeline stage, whole, under its Hugging Face name, in the model's dtype.
 
-    `merged` adds the adapters, W + alpha / r B A, in float32. All ranks must iterate to the end.
+    `merged` adds the adapters, W + alpha / r B A, in float32. All ranks must iterate to the end. What comes out may
+    share memory with the parameters: clone what is kept over an optimizer step, and write to none of it.
     """
     deltas = {f"{adapter.hf_name}.weight": adapter for adapter in adapters(model)} if merged else {}
     for shard in _shards(model, hf):
@@ -167,7 +168,9 @@ def _tensor_files(path: Path) -> dict[str, str]:
         return {name: str(path / file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     single = path / "model.safetensors"
     if not single.is_file():
-        raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json: save it as safetensors")
+        raise ValueError(
+            f"{path} holds neither model.safetensors nor model.safetensors.index.json: save the model as safetensors"
+        )
     with safe_open(single, framework="pt", device="cpu") as tensors:
         return {name: str(single) for name in tensors.keys()}
 

@@ -222,10 +222,18 @@ def _clipped_kl_terms(
     loss_T, unclipped_mass_T, kl_T, shards_clipped_T = sums_T4.unbind(1)
     if unit_grad_TW is not None and not one_sweep:
         kernels.write_kl_gradient(student_TW, teacher_TW, student, teacher, unclipped_mass_T, clip, None, unit_grad_TW)
+    clipped_mass_T = torch.where(kl_T == loss_T, 0.0, kl_T - loss_T)  # infinite alike without a clip
     stats_T5 = torch.stack(
-        [kl_T, shards_clipped_T.clamp(max=1.0), kl_T - loss_T, teacher_entropy_T, student_entropy_T], dim=1
+        [kl_T, shards_clipped_T.clamp(max=1.0), clipped_mass_T, teacher_entropy_T, student_entropy_T], dim=1
     )
     return _Terms(student, teacher, unclipped_mass_T, loss_T, stats_T5)
+
+
+def _empty_gradient(logits_TW: Tensor, width: int) -> Tensor:
+    """To be written up to `width`; the padding behind it is zero already."""
+    grad_TW = torch.empty_like(logits_TW)
+    grad_TW[:, width:] = 0.0
+    return grad_TW
 
 
 class _LogitsClippedKL(torch.autograd.Function):
@@ -246,10 +254,8 @@ class _LogitsClippedKL(torch.autograd.Function):
         with_stats: bool,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        unit_grad_TW = None
-        if needs_grad and has_whole_rows(group) and row_kernels(student_TW) is row_kernels_torch:
-            unit_grad_TW = torch.empty_like(student_TW)
-            unit_grad_TW[:, width:] = 0.0
+        ctx.in_forward = has_whole_rows(group) and row_kernels(student_TW) is row_kernels_torch
+        unit_grad_TW = _empty_gradient(student_TW, width) if needs_grad and ctx.in_forward else None
         terms = _clipped_kl_terms(
             student_TW[:, :width],
             teacher_TW[:, :width],
@@ -267,11 +273,15 @@ class _LogitsClippedKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         student_TW, teacher_TW, student_max_T, student_log_T, teacher_max_T, teacher_log_T, mass_T = ctx.saved_tensors
-        grad_TW, ctx.unit_grad_TW = ctx.unit_grad_TW, None  # a second backward of the same graph computes it anew
-        if grad_TW is not None:
+        if ctx.in_forward:
+            grad_TW, ctx.unit_grad_TW = ctx.unit_grad_TW, None
+            if grad_TW is None:  # a second backward of the same graph; the same kernel, for the same bits
+                grad_TW = _empty_gradient(student_TW, ctx.width)
+                row_kernels_torch.sweep_whole_rows(
+                    student_TW[:, : ctx.width], teacher_TW[:, : ctx.width], ctx.clip, False, grad_TW[:, : ctx.width]
+                )
             return grad_TW.mul_(upstream_T.unsqueeze(1)), None, None, None, None, None, None
-        grad_TW = torch.empty_like(student_TW)
-        grad_TW[:, ctx.width :] = 0.0
+        grad_TW = _empty_gradient(student_TW, ctx.width)
         row_kernels(student_TW).write_kl_gradient(
             student_TW[:, : ctx.width],
             teacher_TW[:, : ctx.width],

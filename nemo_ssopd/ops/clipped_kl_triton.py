@@ -1,4 +1,4 @@
-"""The row kernels in Triton, for CUDA: the same functions as `row_kernels_torch`, whose docstrings say what they compute.
+"""The row kernels in Triton, for CUDA: those of `row_kernels_torch`, whose docstrings say what they compute.
 
 A program owns one row and SPLIT_COLUMNS of its columns, so that few tokens still fill the GPU. It keeps its sums in
 registers; the splits of a row are then added in a fixed order, as shards are, so that every run gives the same bits.
@@ -95,14 +95,14 @@ def _kl_sums_kernel(
         p = tl.exp2(teacher)
         kl = tl.where(p == 0.0, 0.0, p * (teacher - student))  # p = 0 contributes nothing, not 0 * inf; NaN stays NaN
         clipped += tl.where(kl < clip, kl, tl.where(kl == kl, clip, kl))
-        unclipped_mass += tl.where(kl < clip, p, 0.0)
+        unclipped_mass += tl.where((kl < clip) | (clip == float("inf")), p, 0.0)  # without a clip U is everything
         whole += kl
         most = tl.maximum(most, kl)
     out_ptr = sums_ptr + (split * num_rows + row) * 4
     tl.store(out_ptr, tl.sum(clipped, axis=0))
     tl.store(out_ptr + 1, tl.sum(unclipped_mass, axis=0))
     tl.store(out_ptr + 2, tl.sum(whole, axis=0))
-    tl.store(out_ptr + 3, tl.where(tl.max(most, axis=0) >= clip, 1.0, 0.0))
+    tl.store(out_ptr + 3, tl.where((tl.max(most, axis=0) >= clip) & (clip < float("inf")), 1.0, 0.0))
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def _kl_gradient_kernel(
         student = _log2_p(student_ptr + row * student_stride, columns, mask, student_max, student_log_sum, BLOCK)
         teacher = _log2_p(teacher_ptr + row * teacher_stride, columns, mask, teacher_max, teacher_log_sum, BLOCK)
         p = tl.exp2(teacher)
-        kept = tl.where(p * (teacher - student) < clip, p, 0.0)
+        kept = tl.where((p * (teacher - student) < clip) | (clip == float("inf")), p, 0.0)
         grad = upstream * (unclipped_mass * tl.exp2(student) - kept)
         tl.store(out_ptr + row * out_stride + columns, grad.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -285,10 +285,15 @@ def _reduce_block(minus_kl_RW: Tensor, p_RW: Tensor, clip: float, with_stats: bo
 def _to_kl_sums(block_sums_T4: Tensor, clip: float) -> Tensor:
     """`_BlockSums` of all rows -> what `kl_sums` returns."""
     minus_clipped_T, unclipped_mass_T, minus_kl_T, least_T = block_sums_T4.unbind(1)
-    was_clipped_T = (least_T <= -clip * LOG2_E).to(least_T.dtype)
+    was_clipped_T = (least_T <= -clip * LOG2_E).to(least_T.dtype) if clip < math.inf else torch.zeros_like(least_T)
     return torch.stack([minus_clipped_T * -LN_2, unclipped_mass_T, minus_kl_T * -LN_2, was_clipped_T], dim=1)
 
 
 def _zero_where_clipped(p_RW: Tensor, minus_kl_RW: Tensor, clip: float) -> Tensor:
-    """p where -kl > -clip, else 0, in place. The backward of relu is the one masked select that torch vectorises."""
+    """p where -kl > -clip, else 0, in place. The backward of relu is the one masked select that torch vectorises.
+
+    Without a clip nothing is zeroed, not even where the student's logit is -inf and the summand infinite.
+    """
+    if clip == math.inf:
+        return p_RW
     return torch.ops.aten.threshold_backward.grad_input(p_RW, minus_kl_RW, -clip * LOG2_E, grad_input=p_RW)

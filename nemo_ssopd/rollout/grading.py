@@ -255,10 +255,10 @@ _WARM_UP = [
 
 
 def _math_verify() -> Callable[[str, str], bool]:
-    """Import math-verify (one second) and return the comparison of an answer with a gold."""
-    from latex2sympy2_extended.latex2sympy2 import PSParser  # type: ignore[import-untyped]
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy.core.random import seed
+    """Import math-verify (one second, 50 MB: not in the trainer); return the comparison of an answer with a gold."""
+    from latex2sympy2_extended.latex2sympy2 import PSParser  # noqa: PLC0415
+    from math_verify import LatexExtractionConfig, parse, verify  # noqa: PLC0415
+    from sympy.core.random import seed  # noqa: PLC0415
 
     logging.disable(logging.CRITICAL)
     seed(0)

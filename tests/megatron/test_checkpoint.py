@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import resource
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,36 +82,47 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
+# Parallel layout; adapters or all weights; optimizer distributed or not; dtype.
 RUNS = {
-    "tp2, adapters": (TP2, True, True),
-    "tp2, all weights, optimizer not distributed": (TP2, False, False),
-    "dp2, adapters": (DP2, True, True),
-    "dp2, all weights": (DP2, False, True),
+    "tp2, adapters": (TP2, True, True, "float32"),
+    "tp2, all weights, optimizer not distributed": (TP2, False, False, "float32"),
+    "dp2, adapters": (DP2, True, True, "float32"),
+    "dp2, all weights": (DP2, False, True, "float32"),
+    "dp2, all weights, bfloat16": (DP2, False, True, "bfloat16"),
 }
 
 
-@pytest.fixture(scope="module")
-def runs(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    finished = {}
-    for name, (parallel, lora, distributed) in RUNS.items():
+class Runs(dict[str, Run]):
+    """By name; each is run when first asked for."""
+
+    def __init__(self, base: str, folder: Path) -> None:
+        self.base, self.folder = base, folder
+
+    def __missing__(self, name: str) -> Run:
+        parallel, lora, distributed, dtype = RUNS[name]
         config = Config(
-            run_dir=str(tmp_path_factory.mktemp("run")),
-            model=ModelConfig(path=base, dtype="float32", recompute=False),
+            run_dir=str(self.folder / name),
+            model=ModelConfig(path=self.base, dtype=dtype, recompute=False),
             lora=LoraConfig(enabled=lora, rank=4, alpha=8.0),
             parallel=parallel,
             data=DataConfig(train="train.jsonl"),
             optimizer=OptimizerConfig(lr=LR, warmup_steps=3, distributed=distributed),
             trainer=TrainerConfig(keep_checkpoints=2),
         )
-        finished[name] = Run(config, run_distributed(train, parallel.world_size, config, (0, 1, SAVED)))
-    return finished
+        self[name] = Run(config, run_distributed(train, parallel.world_size, config, (0, 1, SAVED)))
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def runs(base: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(base, tmp_path_factory.mktemp("runs"))
 
 
 # ---- Resuming --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_resumed_equals_uninterrupted_bit_for_bit(runs: dict[str, Run], name: str) -> None:
+def test_resumed_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> None:
     run = runs[name]
     resumed = run_distributed(resume, run.config.parallel.world_size, run.config, run.config.parallel)
     for whole, again in zip(run.ranks, resumed, strict=True):
@@ -117,9 +130,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: dict[str, Run], name: st
         assert again.grad_norms == {step: whole.grad_norms[step] for step in (3, 4)}
         for step in (SAVED, 3, LAST):
             assert _difference(whole.weights[step], again.weights[step]) == 0.0
-        assert _difference(whole.weights[3], whole.weights[LAST]) > LR / 2, (
-            "the steps move weights, so equality says much"
-        )
+        assert _difference(whole.weights[3], whole.weights[LAST]) > LR / 2, "each step moves the weights"
 
 
 @pytest.mark.parametrize(
@@ -131,8 +142,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: dict[str, Run], name: st
         ("dp2, all weights", TP2),  # the vocabulary gains a padded row
     ],
 )
-def test_loads_at_another_layout(runs: dict[str, Run], name: str, parallel: ParallelConfig) -> None:
-    """Weights exactly; the next steps to rounding, which they would be off by about the learning rate without their moments."""
+def test_loads_at_another_layout(runs: Runs, name: str, parallel: ParallelConfig) -> None:
+    """Weights exactly, the next steps to rounding: without the moments they would be off by about the learning rate."""
     whole = runs[name].ranks[0]
     for again in run_distributed(resume, parallel.world_size, runs[name].config, parallel):
         assert _difference(whole.weights[SAVED], again.weights[SAVED]) == 0.0
@@ -142,13 +153,13 @@ def test_loads_at_another_layout(runs: dict[str, Run], name: str, parallel: Para
 
 
 @pytest.mark.parametrize("name", ["tp2, adapters", "tp2, all weights, optimizer not distributed"])
-def test_policy_without_optimizer(runs: dict[str, Run], name: str) -> None:
+def test_policy_without_optimizer(runs: Runs, name: str) -> None:
     (weights,) = run_distributed(policy_weights, 1, runs[name].config)
     assert _difference(runs[name].ranks[0].weights[SAVED], weights) == 0.0
 
 
-def test_layout_on_disk(runs: dict[str, Run]) -> None:
-    for run in runs.values():
+def test_layout_on_disk(runs: Runs) -> None:
+    for run in (runs[name] for name in RUNS):
         assert run.ranks[0].folders == ["iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt"]
         newest = latest_checkpoint(run.config.run_dir)
         assert newest is not None and newest.name == "iter_0000002"
@@ -159,11 +170,11 @@ def test_layout_on_disk(runs: dict[str, Run]) -> None:
     assert adapters < everything
 
 
-def test_nothing_saved_is_a_fresh_start_and_a_save_before_any_update_loads(
-    runs: dict[str, Run], tmp_path: Path
-) -> None:
-    for name in ("dp2, adapters", "tp2, all weights, optimizer not distributed"):
-        config = replace(runs[name].config, run_dir=str(tmp_path / name))
+def test_nothing_saved_is_a_fresh_start_and_a_save_before_any_update_loads(runs: Runs, tmp_path: Path) -> None:
+    distributed, plain = runs["dp2, adapters"].config, runs["tp2, all weights, optimizer not distributed"].config
+    plain_bf16 = replace(plain, model=replace(plain.model, dtype="bfloat16"))
+    for i, config in enumerate((distributed, plain, plain_bf16)):
+        config = replace(config, run_dir=str(tmp_path / str(i)))
         for fresh, loaded, difference in run_distributed(save_before_any_update, 2, config):
             assert fresh == LoopState()
             assert loaded == LoopState(step=3, tokens=7, skipped=3, skipped_in_a_row=3)
@@ -173,9 +184,7 @@ def test_nothing_saved_is_a_fresh_start_and_a_save_before_any_update_loads(
 # ---- Damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_damaged_newest_falls_back_to_the_one_before(
-    runs: dict[str, Run], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_newest_falls_back_to_the_one_before(runs: Runs, tmp_path: Path) -> None:
     config = runs["tp2, adapters"].config
     damages = {
         "truncated": _truncate,
@@ -190,17 +199,20 @@ def test_damaged_newest_falls_back_to_the_one_before(
         damage(folders[name] / "checkpoints" / "iter_0000002")
     _flip_a_bit(shutil.copytree(folders["flipped"], tmp_path / "both") / "checkpoints" / "iter_0000001")
 
-    for outcomes in run_distributed(load_each, 2, config, [str(tmp_path / name) for name in (*damages, "both")]):
-        *fallen_back, nothing_left = outcomes
+    run_dirs = [str(tmp_path / name) for name in (*damages, "both")]
+    results = run_distributed(load_each, 2, config, run_dirs)
+    for (*fallen_back, nothing_left), _ in results:
         assert fallen_back == [LoopState(step=1, tokens=32)] * len(damages)
         assert isinstance(nothing_left, str)
         assert "CheckpointError" in nothing_left and "iter_0000001 is damaged: __0_0.distcp" in nothing_left
-    warnings = capfd.readouterr().err
-    for said in ("__0_0.distcp has", "another checksum", "No such file", "not a manifest", "__1_0.distcp is missing"):
-        assert said in warnings, said
+    said = [warnings for _, warnings in results]
+    reasons = ("__0_0.distcp has", "another checksum", "No such file", "not a manifest", "__1_0.distcp is missing")
+    for run_dir, reason, warning in zip(run_dirs, reasons, said[0], strict=False):
+        assert run_dir in warning and reason in warning and "trying the one before" in warning
+    assert len(said[0]) == len(damages) + 2 and said[1] == [], "rank 0 speaks for all"
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(runs: dict[str, Run], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(runs: Runs, tmp_path: Path) -> None:
     run = runs["tp2, adapters"]
     config = replace(run.config, run_dir=str(shutil.copytree(run.config.run_dir, tmp_path / "run")))
     newest = Path(config.run_dir) / "checkpoints" / "iter_0000002"
@@ -215,7 +227,7 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(runs: dict[s
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_full_disk_leaves_the_older_checkpoints(runs: dict[str, Run], tmp_path: Path, rank: int) -> None:
+def test_full_disk_leaves_the_older_checkpoints(runs: Runs, tmp_path: Path, rank: int) -> None:
     """On rank 0 the copied tokenizer does not fit, on rank 1 its tensors do not."""
     config = replace(runs["tp2, adapters"].config, run_dir=str(tmp_path), trainer=TrainerConfig(keep_checkpoints=1))
     limit = {0: 2**19, 1: 2**12}[rank]
@@ -230,7 +242,7 @@ def test_full_disk_leaves_the_older_checkpoints(runs: dict[str, Run], tmp_path: 
 # ---- What must be refused --------------------------------------------------------------------------------------------
 
 
-def test_refuses_another_base_and_another_kind_of_run(runs: dict[str, Run], base: str, tmp_path: Path) -> None:
+def test_refuses_another_base_and_another_kind_of_run(runs: Runs, base: str, tmp_path: Path) -> None:
     config = runs["dp2, adapters"].config
     other = shutil.copytree(base, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
@@ -238,8 +250,8 @@ def test_refuses_another_base_and_another_kind_of_run(runs: dict[str, Run], base
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     moved = shutil.copytree(base, tmp_path / "moved")
 
-    def refused(**changes: object) -> str:
-        (outcome,) = run_distributed(load_each, 1, replace(config, parallel=ONE, **changes), [config.run_dir])
+    def refused(**changes: Any) -> str:
+        [([outcome], _)] = run_distributed(load_each, 1, replace(config, parallel=ONE, **changes), [config.run_dir])
         return str(outcome)
 
     message = refused(model=replace(config.model, path=str(other)))
@@ -275,7 +287,7 @@ class _Attack:
         return os.mkdir, (str(self.mark),)
 
 
-def test_pickles_in_a_checkpoint_are_not_executed(runs: dict[str, Run], tmp_path: Path) -> None:
+def test_pickles_in_a_checkpoint_are_not_executed(runs: Runs, tmp_path: Path) -> None:
     """Their checksums are right: a manifest shows damage, and is no signature."""
     config = runs["dp2, adapters"].config
     mark = tmp_path / "executed"
@@ -285,9 +297,8 @@ def test_pickles_in_a_checkpoint_are_not_executed(runs: dict[str, Run], tmp_path
         attack(newest, mark)
         _renew_manifest(newest)
 
-    (outcomes,) = run_distributed(
-        load_each, 1, replace(config, parallel=ONE), [str(tmp_path / name) for name in attacks]
-    )
+    run_dirs = [str(tmp_path / name) for name in attacks]
+    [(outcomes, _)] = run_distributed(load_each, 1, replace(config, parallel=ONE), run_dirs)
     index, common, entry, outside = map(str, outcomes)
     assert "ValueError" in index and f"it names {os.mkdir.__module__}.mkdir" in index
     assert "ValueError" in common and "common.pt is not data only" in common
@@ -309,9 +320,7 @@ def test_state_after_a_step() -> None:
 # ---- What the ranks run ----------------------------------------------------------------------------------------------
 
 
-import faulthandler  # DBG
 def train(config: Config, save_at: tuple[int, ...]) -> Trained:
-    faulthandler.dump_traceback_later(60, file=open(f"/tmp/hang.{os.getpid()}", "w"))  # DBG
     actor = _actor(config, initialize(config.parallel, seed=1))
     return _train(actor, config, LoopState(), save_at)
 
@@ -355,16 +364,20 @@ def save_on_a_full_disk(config: Config, full_rank: int, limit: int) -> tuple[str
     return str(error.value), left, state
 
 
-def load_each(config: Config, run_dirs: list[str]) -> list[LoopState | str]:
-    """The state that each gives, or the error."""
+def load_each(config: Config, run_dirs: list[str]) -> tuple[list[LoopState | str], list[str]]:
+    """The state that each gives, or the error; and the warnings on the way."""
     actor = _actor(config, initialize(config.parallel, seed=1))
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("nemo_ssopd.megatron.checkpoint").addHandler(handler)
     outcomes: list[LoopState | str] = []
     for run_dir in run_dirs:
         try:
             outcomes.append(load_checkpoint(actor, replace(config, run_dir=run_dir)))
         except (ValueError, CheckpointError) as error:
             outcomes.append(f"{type(error).__name__}: {error}")
-    return outcomes
+    return outcomes, warnings
 
 
 def policy_weights(config: Config) -> Tensors:

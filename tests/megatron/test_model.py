@@ -80,7 +80,7 @@ def difference_by_padding(path: str) -> float:
 
 
 def output_layer(path: str) -> tuple[int, torch.Tensor, bool, bool]:
-    """(rows on this rank, its last row, whether it is the embedding's parameter, whether a bfloat16 model computes so)."""
+    """(rows on this rank, the last of them, whether it is the embedding's, whether a bfloat16 model computes so)."""
     runtime = initialize(LAYOUTS["tp2"], seed=1)
     model, hf = load_megatron(path, LAYOUTS["tp2"], runtime)
     weight = output_weight(model)
