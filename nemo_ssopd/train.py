@@ -276,7 +276,7 @@ def run(trainer: Trainer, logger: Logger, state: LoopState) -> LoopState:
     """Steps until trainer.max_steps, with evaluations and checkpoints on the way. Logged steps count completed ones."""
     config, last = trainer.config.trainer, trainer.config.trainer.max_steps
     take_step = sft_step if trainer.config.algorithm.name == "sft" else train_step
-    if config.eval_at_ends and state.step == 0:
+    if config.eval_at_ends and trainer.data.eval and state.step == 0:
         logger.log(0, evaluate_policy(trainer, step=0))
     for step in range(state.step, last):
         metrics = reduce_over_data_parallel(trainer, take_step(trainer, step))
@@ -416,13 +416,13 @@ def train(config: Config) -> None:
         OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
     with Logger(sinks(config, state) if runtime.is_main else []) as logger:
         run(trainer, logger, state)
-    if trainer.collector is not None:
-        trainer.collector.close()
     if config.trainer.export:
         export_hf(trainer.actor, config.model.path, run_dir / "hf")
     if runtime.is_main:
         write_report(run_dir)
         print_summary(run_dir)
+    if trainer.collector is not None:
+        trainer.collector.close()
     shutdown()
 
 

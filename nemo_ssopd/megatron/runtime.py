@@ -131,7 +131,8 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Runtime:
 def shutdown() -> None:
     """Leave the process groups, all ranks together."""
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a colocated engine that was closed has destroyed it
+        dist.destroy_process_group()
 
 
 def _launched_as() -> tuple[int, int, int]:

@@ -23,8 +23,8 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
 MAX_BLOCK_BYTES = 2**22  # a few of these stay in a last-level cache
-MIN_BLOCK_BYTES = 2**17
-BLOCKS_PER_TENSOR = 64  # in between, the four buffers of all threads together are 3 % of the two logits tensors
+MIN_BLOCK_BYTES = 2**15
+BLOCKS_PER_TENSOR = 64  # in between, the scratch of all threads is at most 3 % of the two logits tensors
 MIN_BYTES_FOR_THREADS = 2**20  # starting threads costs about as much as working through this
 
 
@@ -162,23 +162,24 @@ def sweep_whole_rows(
     dtype = compute_dtype(student_TW.dtype)
     rows_T10 = student_TW.new_zeros(student_TW.shape[0], 10, dtype=dtype)
 
-    def sweep_block(
-        rows: slice, student_z_RW: Tensor, teacher_z_RW: Tensor, minus_kl_RW: Tensor, spare_RW: Tensor
-    ) -> None:
+    in_gradient = grad_TW is not None and grad_TW.dtype == dtype  # the gradient's own memory is one of the buffers
+
+    def sweep_block(rows: slice, teacher_z_RW: Tensor, minus_kl_RW: Tensor, *more: Tensor) -> None:
         grad_RW = None if grad_TW is None else grad_TW[rows]
-        if grad_RW is not None and grad_RW.dtype == dtype:
-            student_z_RW = grad_RW
+        student_z_RW = grad_RW if grad_RW is not None and in_gradient else more[-1]
         student_max_R1, teacher_max_R1 = _scaled_max(student_TW[rows]), _scaled_max(teacher_TW[rows])
         _write_scaled(teacher_TW[rows], teacher_max_R1, teacher_z_RW)
         _write_scaled(student_TW[rows], student_max_R1, student_z_RW)
         torch.sub(student_z_RW, teacher_z_RW, out=minus_kl_RW)
 
-        teacher_p_RW = torch.exp2(teacher_z_RW, out=spare_RW)
-        teacher_sum_R1 = teacher_p_RW.sum(dim=1, keepdim=True)
-        teacher_weighted_R1 = _weighted_sum(teacher_z_RW, teacher_p_RW) if with_stats else teacher_sum_R1
-        student_p_RW = torch.exp2(student_z_RW, out=teacher_z_RW)
-        student_sum_R1 = student_p_RW.sum(dim=1, keepdim=True)
-        student_weighted_R1 = _weighted_sum(student_z_RW, student_p_RW) if with_stats else student_sum_R1
+        teacher_p_RW = torch.exp2(teacher_z_RW, out=more[0] if with_stats else teacher_z_RW)
+        teacher_sum_R1 = teacher_weighted_R1 = teacher_p_RW.sum(dim=1, keepdim=True)
+        if with_stats:
+            teacher_weighted_R1 = _weighted_sum(teacher_z_RW, teacher_p_RW)
+        student_p_RW = torch.exp2(student_z_RW, out=teacher_z_RW if with_stats else student_z_RW)
+        student_sum_R1 = student_weighted_R1 = student_p_RW.sum(dim=1, keepdim=True)
+        if with_stats:
+            student_weighted_R1 = _weighted_sum(student_z_RW, student_p_RW)
 
         teacher_p_RW.div_(teacher_sum_R1)
         minus_kl_RW.add_(torch.log2(teacher_sum_R1 / student_sum_R1)).mul_(teacher_p_RW)
@@ -190,7 +191,7 @@ def sweep_whole_rows(
         teacher_stats = (teacher_max_R1, teacher_sum_R1, teacher_weighted_R1)
         rows_T10[rows] = torch.cat([*student_stats, *teacher_stats, *sums], dim=1)
 
-    _for_row_blocks(sweep_block, student_TW, scratch=4)
+    _for_row_blocks(sweep_block, student_TW, scratch=2 + with_stats + (not in_gradient))
     return rows_T10[:, :3], rows_T10[:, 3:6], _to_kl_sums(rows_T10[:, 6:], clip)
 
 

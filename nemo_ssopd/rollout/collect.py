@@ -102,5 +102,7 @@ class RolloutCollector:
         return verdicts[0]
 
     def close(self) -> None:
+        """The last thing that a process does with its process groups: see `RolloutEngine.close`."""
+        self.engine.close()
         if self._verifier is not None:
             self._verifier.close()

@@ -137,6 +137,10 @@ class RolloutEngine:
             self._llm.sleep(level=1)
             self._asleep = frozenset({"weights", "kv_cache"})
 
+    def close(self) -> None:
+        """Shut the engine down. vLLM then destroys every process group, the default one included."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def _wake(self, tags: frozenset[str]) -> None:
         if needed := sorted(tags & self._asleep):
             torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the engine needs now

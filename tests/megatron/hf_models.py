@@ -59,6 +59,9 @@ def load_megatron(
 ) -> tuple[GPTModel, HFModelConfig]:
     hf = read_hf_config(path)
     model = build_model(hf, ModelConfig(path=path, dtype=dtype, recompute=recompute), parallel, runtime)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))  # so that what is not loaded shows
     load_hf_weights(model, hf, path, runtime)
     return model, hf
 

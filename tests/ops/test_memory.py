@@ -75,8 +75,8 @@ def test_the_counter_counts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_form_allocates_the_gradient_and_little_else(dtype: torch.dtype) -> None:
-    student = oracle.logits(256, 4000, seed=1).to(dtype).requires_grad_()
-    teacher = oracle.logits(256, 4000, seed=2).to(dtype)
+    student = oracle.logits(256, 8000, seed=1).to(dtype).requires_grad_()
+    teacher = oracle.logits(256, 8000, seed=2).to(dtype)
     logits_bytes = student.numel() * student.element_size()
 
     def forward() -> Tensor:
