@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -52,7 +52,7 @@ class ParallelConfig:
     tensor: int = 1
     """Tensor-parallel size: must divide the query heads, the key-value heads and the MLP width."""
     sequence: bool = False
-    """Sequence parallelism beside tensor parallelism (Transformer Engine layers only)."""
+    """Sequence parallelism beside tensor parallelism."""
     threads: int = 1
     """CPU threads of each process, without a GPU."""
     timeout_minutes: int = 60
@@ -131,7 +131,8 @@ class DataConfig:
     student_template: str = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     """The user turn that the student reads; {problem} is replaced."""
     teacher_template: str = (
-        "{problem}\n\nHere is a correct solution to this problem:\n=== Solution begin ===\n{witness}\n=== Solution end ===\n\n"
+        "{problem}\n\nHere is a correct solution to this problem:\n"
+        "=== Solution begin ===\n{witness}\n=== Solution end ===\n\n"
         "Solve the problem in your own words.\nPlease reason step by step, and put your final answer within \\boxed{}."
     )
     """The user turn that the teacher reads; {problem} and {witness} are replaced."""
@@ -233,7 +234,7 @@ class Config:
 
 
 def _schema() -> DictConfig:
-    """The tree as Hydra's schema: unknown keys and wrong types raise. Frozen dataclasses come read-only, until composed."""
+    """The tree as Hydra's schema: unknown keys and wrong types raise. Frozen dataclasses come read-only."""
     schema = OmegaConf.structured(Config)
     for node in (schema, *(schema._get_node(key) for key in schema)):
         node._set_flag("readonly", None)
@@ -283,10 +284,12 @@ def _check_values(config: Config) -> None:
     at_least_one = (
         "parallel.world_size parallel.tensor parallel.threads algorithm.prefixes rollout.group_size "
         "rollout.max_prompt_tokens rollout.max_new_tokens rollout.max_sequences verifier.workers trainer.max_steps "
-        "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens evaluation.samples "
-        "evaluation.max_new_tokens lora.rank trainer.max_skipped_steps"
+        "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens "
+        "evaluation.samples evaluation.max_new_tokens lora.rank trainer.max_skipped_steps"
     ).split()
-    positive = "algorithm.clip optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha".split()
+    positive = (
+        "algorithm.clip optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha".split()
+    )
     not_negative = (
         "algorithm.lambda_0 algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
         "algorithm.clip_ratio_high optimizer.weight_decay optimizer.clip_grad optimizer.warmup_steps "
@@ -303,14 +306,14 @@ def _check_values(config: Config) -> None:
         _require(_get(config, name) >= 0, f"{name}={_get(config, name)}: give 0 or more")
     _require(
         config.algorithm.name == "sft" or config.rollout.group_size > 1,
-        f"rollout.group_size={config.rollout.group_size}: advantages compare completions of one prompt, give at least 2",
+        f"rollout.group_size={config.rollout.group_size}: advantages compare completions, give at least 2",
     )
     _require("{problem}" in config.data.student_template, "data.student_template lacks {problem}: say where it goes")
     for mark in ("{problem}", "{witness}"):
         _require(mark in config.data.teacher_template, f"data.teacher_template lacks {mark}: say where it goes")
 
 
-def _get(config: Config, name: str) -> float | str:
+def _get(config: Config, name: str) -> Any:
     section, key = name.split(".")
     return getattr(getattr(config, section), key)
 
@@ -325,7 +328,7 @@ def _check_layout(config: Config, hf: HFModelConfig) -> None:
     )
     _require(
         parallel.tensor % engine_tp == 0,
-        f"rollout.tensor={engine_tp} does not divide parallel.tensor={parallel.tensor}: use a divisor, or 0 for the same",
+        f"rollout.tensor={engine_tp} does not divide parallel.tensor={parallel.tensor}: use a divisor, or 0",
     )
     sizes = {"query heads": hf.num_heads, "key-value heads": hf.num_kv_heads, "MLP width": hf.ffn_hidden_size}
     for what, size in sizes.items():

@@ -21,7 +21,7 @@ from nemo_ssopd.types import RenderedPrompt
 class Sample:
     """One graded completion of the evaluation.
 
-    >>> Sample(problem="eval-1", sample=0, reward=1.0, reason="correct", answer="8", tokens=9, truncated=False, text="...")
+    >>> Sample("eval-1", sample=0, reward=1.0, reason="correct", answer="8", tokens=9, truncated=False, text="...")
     """
 
     problem: str

@@ -54,12 +54,14 @@ def prepare_run_dir(config: Config) -> None:
     run_dir = Path(config.run_dir)
     if (run_dir / "metrics.jsonl").exists() and not config.trainer.resume:
         raise ValueError(
-            f"run_dir={config.run_dir!r} holds a run already: give another run_dir, or continue it with trainer.resume=true"
+            f"run_dir={config.run_dir!r} holds a run: give another run_dir, or continue it with trainer.resume=true"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise ValueError(f"run_dir={config.run_dir!r} cannot be made ({error.strerror}): give a folder to write to") from error
+        raise ValueError(
+            f"run_dir={config.run_dir!r} cannot be made ({error.strerror}): give a folder to write to"
+        ) from error
 
 
 def become_torchrun(config: Config) -> None:

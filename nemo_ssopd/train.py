@@ -24,7 +24,7 @@ from rich.table import Table
 from nemo_ssopd.algo.advantages import group_advantages
 from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, TokenLoss, grpo_loss, sft_loss
 from nemo_ssopd.algo.selection import frontier_weight, is_correct, select_pair
-from nemo_ssopd.config import Config, context_length, engine_tensor
+from nemo_ssopd.config import Config, engine_tensor
 from nemo_ssopd.data.loading import RunData, load_data
 from nemo_ssopd.data.prompts import PromptOrder
 from nemo_ssopd.data.templates import render_sft, render_teacher
@@ -61,7 +61,7 @@ Example = TypeVar("Example")
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a run is made of, on one rank. `collector` is None for SFT, which samples nothing in training."""
+    """What a run is made of, on one rank. An SFT run without data.eval has no collector."""
 
     config: Config
     hf: HFModelConfig
@@ -69,8 +69,13 @@ class Trainer:
     data: RunData
     order: PromptOrder
     actor: MegatronGRPOActor
-    collector: RolloutCollector | None
+    optional_collector: RolloutCollector | None
     token_loss: TokenLoss
+
+    @property
+    def collector(self) -> RolloutCollector:
+        assert self.optional_collector is not None, "this run samples nothing"
+        return self.optional_collector
 
 
 # ---- One step --------------------------------------------------------------------------------------------------------
@@ -288,8 +293,8 @@ def run(trainer: Trainer, logger: Logger, state: LoopState) -> LoopState:
         logger.log(state.step, metrics)
         if state.skipped_in_a_row >= config.max_skipped_steps:
             raise RuntimeError(
-                f"the last {state.skipped_in_a_row} steps, up to {state.step}, had a loss or gradient that is not finite "
-                f"and were skipped: lower optimizer.lr, or look at the rollouts; checkpoints of good steps are kept"
+                f"the last {state.skipped_in_a_row} steps, up to {state.step}, were skipped: loss or gradient were "
+                f"not finite. Lower optimizer.lr, or look at the rollouts; checkpoints of good steps are kept"
             )
         if is_last or config.save_every and state.step % config.save_every == 0:
             save_checkpoint(trainer.actor, trainer.config, state)
@@ -354,7 +359,7 @@ def build(config: Config, data: RunData, runtime: Runtime) -> Trainer:
         data=data,
         order=PromptOrder(len(data.supervised if is_sft else data.train), config.trainer.seed),
         actor=MegatronGRPOActor(config, hf, runtime, pad_id=data.stop_token_ids[0]),
-        collector=build_collector(config, data, runtime) if data.train or data.eval else None,
+        optional_collector=build_collector(config, data, runtime) if data.train or data.eval else None,
         token_loss=sft_loss if is_sft else surrogate,
     )
 
@@ -409,7 +414,7 @@ def train(config: Config) -> None:
     run_dir = Path(config.run_dir)
     trainer = build(config, data, runtime)
     state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
-    if trainer.collector is not None:
+    if trainer.optional_collector is not None:
         trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=state.step)
         trainer.collector.engine.sleep()
     if runtime.is_main:
@@ -421,7 +426,7 @@ def train(config: Config) -> None:
     if runtime.is_main:
         write_report(run_dir)
         print_summary(run_dir)
-    if trainer.collector is not None:
+    if trainer.optional_collector is not None:
         trainer.collector.close()
     shutdown()
 

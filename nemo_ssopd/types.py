@@ -6,8 +6,7 @@ a micro-batch laid end to end, K prefix positions, H hidden size, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -157,17 +156,6 @@ class StepCounts:
 
     tokens: int
     prompts: int
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did: `skipped` when loss or gradient was not finite and the weights were left alone.
-
-    >>> StepResult(skipped=False, metrics={"optim/grad_norm": 0.31})
-    """
-
-    skipped: bool
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

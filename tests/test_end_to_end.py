@@ -159,5 +159,5 @@ def test_another_run_is_not_written_over(run: Path) -> None:
     before = (run / "metrics.jsonl").read_text()
     result = train(run)
     assert result.returncode == 1
-    assert "holds a run already" in result.stderr and "trainer.resume=true" in result.stderr
+    assert "holds a run" in result.stderr and "trainer.resume=true" in result.stderr
     assert (run / "metrics.jsonl").read_text() == before

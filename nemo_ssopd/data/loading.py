@@ -27,7 +27,7 @@ class RunData:
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     train: tuple[RenderedPrompt, ...]
-    supervised: tuple[Prompt, ...] | tuple[CorpusExample, ...]
+    supervised: tuple[Prompt | CorpusExample, ...]
     eval: tuple[RenderedPrompt, ...]
 
 
@@ -44,9 +44,7 @@ def load_data(config: Config) -> RunData:
     )
 
 
-def _rendered(
-    name: str, source: str, config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[RenderedPrompt, ...]:
+def _rendered(name: str, source: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[RenderedPrompt, ...]:
     """Problems with the student's tokens. Prompts over rollout.max_prompt_tokens are left out, and counted."""
     prompts = load_prompts(source, config.data)
     rendered = [RenderedPrompt(prompt, render_student(tokenizer, prompt, config.data)) for prompt in prompts]
@@ -59,7 +57,7 @@ def _rendered(
     return kept
 
 
-def _supervised(config: Config) -> tuple[Prompt, ...] | tuple[CorpusExample, ...]:
+def _supervised(config: Config) -> tuple[Prompt | CorpusExample, ...]:
     """A file's problems with their reference solutions, or the demo task's corpus (corpus:NAME?count=N&seed=S)."""
     source = config.data.train
     if not source.startswith("corpus:"):

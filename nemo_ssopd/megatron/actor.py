@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,8 +19,9 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -33,8 +35,19 @@ from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import hf_weights, load_hf_weights
 from nemo_ssopd.metrics import Max, Metrics, Sum, merge
 from nemo_ssopd.ops.logprobs import linear_logprobs
-from nemo_ssopd.types import PackedBatch, StepResult, TrainBatch
+from nemo_ssopd.types import PackedBatch, TrainBatch
 from nemo_ssopd.types import Sequence as TokenSequence
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: `skipped` when loss or gradient was not finite and the weights were left alone.
+
+    >>> StepResult(skipped=False, metrics={"optim/grad_norm": Max(0.31)})
+    """
+
+    skipped: bool
+    metrics: Metrics
 
 
 class MegatronGRPOActor:
@@ -59,7 +72,7 @@ class MegatronGRPOActor:
     # The no-gradient passes.
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, ...]:
-        """Log-probs of each completion under the current weights: [completion length] each, at the sampling temperature."""
+        """Of each completion under the current weights, at the sampling temperature: [completion length] each."""
         by_row: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             for packed in self._packed(sequences):
@@ -192,9 +205,7 @@ class MegatronGRPOActor:
     def _packed(self, sequences: Sequence[TokenSequence]) -> Iterator[PackedBatch]:
         lengths = [len(sequence.tokens) for sequence in sequences]
         for rows in micro_batches(lengths, self._token_budget, multiple=self._row_multiple):
-            yield pack(
-                sequences, rows, pad_id=self._pad_id, multiple=self._row_multiple, device=self.runtime.device
-            )
+            yield pack(sequences, rows, pad_id=self._pad_id, multiple=self._row_multiple, device=self.runtime.device)
 
     def _forward(self, packed: PackedBatch, model: torch.nn.Module | None = None) -> torch.Tensor:
         tokens_BS = packed.tokens_BS
@@ -240,7 +251,9 @@ def _finish_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | N
     finalize_model_grads(model, None, **kwargs)
 
 
-def _optimizer(model: torch.nn.Module, config: OptimizerConfig, *, bf16: bool):
+def _optimizer(
+    model: GPTModel, config: OptimizerConfig, *, bf16: bool
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """Megatron's data-parallel wrapper and Adam over the trainable parameters."""
     assert model.config.calculate_per_token_loss, "see MegatronGRPOActor._loss"
     ddp = DistributedDataParallel(
@@ -275,7 +288,7 @@ def _optimizer(model: torch.nn.Module, config: OptimizerConfig, *, bf16: bool):
     return ddp, optimizer
 
 
-def _scheduler(optimizer, config: OptimizerConfig) -> OptimizerParamScheduler:
+def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:
     """Linear warm-up, then constant, or cosine to zero at decay_steps."""
     decay_steps = config.decay_steps or config.warmup_steps + 1
     return OptimizerParamScheduler(

@@ -23,9 +23,9 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
 MAX_BLOCK_BYTES = 2**22  # a few of these stay in a last-level cache
-MIN_BLOCK_BYTES = 2**15
+MIN_BLOCK_BYTES = 2**16
 BLOCKS_PER_TENSOR = 64  # in between, the scratch of all threads is at most 3 % of the two logits tensors
-MIN_BYTES_FOR_THREADS = 2**20  # starting threads costs about as much as working through this
+MIN_BYTES_FOR_THREADS = 2**22  # starting threads costs a part of working through this
 
 
 class RowNorm(NamedTuple):

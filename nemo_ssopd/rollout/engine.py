@@ -22,7 +22,7 @@ os.environ.setdefault("VLLM_PLUGINS", "")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from vllm import LLM, SamplingParams  # noqa: E402
+from vllm import LLM, SamplingParams
 
 
 class RolloutEngine:

@@ -5,9 +5,8 @@ The reference is written from the formulas alone: full log-softmaxes, autograd, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -34,7 +33,7 @@ TEMPERATURE, CLIP, CLIP_LOW, CLIP_HIGH, REFERENCE_KL = 1.1, 0.05, 0.2, 0.25, 0.0
 
 @dataclass(frozen=True)
 class Recorded:
-    """Eight sequences of four prompts (two per prompt), of which two are distilled. The ratio leaves the clip's range."""
+    """Eight sequences of four prompts, two of them distilled. Ratios leave the clip's range."""
 
     sequences: tuple[Sequence, ...]
     advantages: tuple[float, ...]

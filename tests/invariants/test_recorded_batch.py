@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+
+from nemo_ssopd.config import Config
 from tests.distributed import run_distributed
 from tests.invariants.recorded import (
     Recorded,
@@ -20,8 +21,6 @@ from tests.invariants.recorded import (
     weights_after,
 )
 from tests.megatron.hf_models import save_random_model
-
-from nemo_ssopd.config import Config
 
 LAYOUTS = {
     "one process": {"world_size": 1, "tensor": 1},
