@@ -4,7 +4,8 @@
     python benchmarks/ops.py --tokens 256 4096 --hidden 1024 4096 --repeats 7
 
 Contenders take turns, and the best of their runs counts: on a shared machine ratios within one run mean something,
-seconds do not. Memory is the peak of the resident set above what the inputs take, so it includes the gradient.
+seconds do not. `--clock cpu` counts the CPU seconds of one thread, which other load hardly stretches. Memory is the
+peak of the resident set above what the inputs take, so it includes the gradient.
 Rivals that are not installed are named as such. At TP = 2 each rank has one thread.
 """
 
@@ -72,16 +73,18 @@ def _status_kib(key: str) -> int:
     return int(line.split()[1])
 
 
-def best_of(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[str, tuple[float, float]]:
+def best_of(
+    contenders: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float]
+) -> dict[str, tuple[float, float]]:
     """name -> (best seconds, peak extra MiB), all taking turns after one run each to warm up."""
     memory = {name: peak_extra_mib(run) for name, run in contenders.items()}
     memory = {name: min(memory[name], peak_extra_mib(run)) for name, run in contenders.items()}
     seconds = dict.fromkeys(contenders, float("inf"))
     for _ in range(repeats):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], clock() - start)
     return {name: (seconds[name], memory[name]) for name in contenders}
 
 
@@ -100,7 +103,7 @@ def plain_autograd(student: Tensor, teacher: Tensor) -> Tensor:
     return (teacher_logp.exp() * (teacher_logp - student_logp)).clamp(max=CLIP).sum(-1)
 
 
-def logits_rows(num_tokens: int, vocab: int, dtype: torch.dtype, repeats: int) -> list[Row]:
+def logits_rows(num_tokens: int, vocab: int, dtype: torch.dtype, repeats: int, clock: Callable[[], float]) -> list[Row]:
     torch.manual_seed(0)
     student = (torch.randn(num_tokens, vocab) * 3).to(dtype).requires_grad_()
     teacher = (torch.randn(num_tokens, vocab) * 3).to(dtype)
@@ -117,7 +120,7 @@ def logits_rows(num_tokens: int, vocab: int, dtype: torch.dtype, repeats: int) -
         "torch.compile": lambda: forward_backward(compiled, student, teacher),
         "ours": lambda: forward_backward(ours, student, teacher),
     }
-    results = best_of(contenders, repeats)
+    results = best_of(contenders, repeats, clock)
     logits_mib = student.numel() * student.element_size() / MIB
     setting = f"logits, TP=1, T={num_tokens}, {str(dtype).removeprefix('torch.')}"
     rows = []
@@ -128,7 +131,9 @@ def logits_rows(num_tokens: int, vocab: int, dtype: torch.dtype, repeats: int) -
     return rows
 
 
-def fused_rows(num_tokens: int, vocab: int, hidden_size: int, chunk_tokens: int, repeats: int) -> list[Row]:
+def fused_rows(
+    num_tokens: int, vocab: int, hidden_size: int, chunk_tokens: int, repeats: int, clock: Callable[[], float]
+) -> list[Row]:
     torch.manual_seed(0)
     student = torch.randn(num_tokens, hidden_size, requires_grad=True)
     teacher = torch.randn(num_tokens, hidden_size)
@@ -169,7 +174,7 @@ def fused_rows(num_tokens: int, vocab: int, hidden_size: int, chunk_tokens: int,
         contenders["Liger fused linear JSD, beta 0 (unclipped)"] = lambda: forward_backward(
             lambda s, t: liger(s, weight, t, weight, labels_T), student, teacher
         )
-    results = best_of(contenders, repeats)
+    results = best_of(contenders, repeats, clock)
     setting = f"fused, TP=1, T={num_tokens}, H={hidden_size}, chunks of {chunk_tokens}"
     base = results["matrix products only"][0]
     rows = [
@@ -205,7 +210,9 @@ class WireCounter:
         dist.all_gather, dist.all_reduce = self.all_gather, self.all_reduce
 
 
-def tensor_parallel_rows(rank: int, port: int, num_tokens: int, vocab: int, repeats: int, results: Any) -> None:
+def tensor_parallel_rows(
+    rank: int, port: int, num_tokens: int, vocab: int, repeats: int, clock: Callable[[], float], results: Any
+) -> None:
     """Runs on each of two ranks; rank 0 reports. They wait for each other in every collective: its times are both's."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -233,7 +240,7 @@ def tensor_parallel_rows(rank: int, port: int, num_tokens: int, vocab: int, repe
         with WireCounter() as counter:
             run()
         wire[name] = counter.sent / num_tokens
-    best = best_of(contenders, repeats)
+    best = best_of(contenders, repeats, clock)
 
     hidden = torch.randn(num_tokens, 64, requires_grad=True)
     weight = torch.randn(1024, 64)
@@ -303,13 +310,18 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024])
     parser.add_argument("--chunk-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     arguments = parser.parse_args()
+    clock = time.perf_counter
+    if arguments.clock == "cpu":
+        clock = time.process_time
+        torch.set_num_threads(1)
     load_before = os.getloadavg()[0]
 
     rows: list[Row] = []
     for num_tokens in arguments.tokens:
         for dtype in (torch.float32, torch.bfloat16):
-            rows += logits_rows(num_tokens, arguments.vocab, dtype, arguments.repeats)
+            rows += logits_rows(num_tokens, arguments.vocab, dtype, arguments.repeats, clock)
             print(table(rows[-4:]), flush=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port
@@ -317,24 +329,28 @@ def main() -> None:
     for num_tokens in arguments.tokens:
         with mp.Manager() as manager:
             shared = manager.list()
-            settings = (port, num_tokens, arguments.vocab, arguments.repeats, shared)
+            settings = (port, num_tokens, arguments.vocab, arguments.repeats, clock, shared)
             mp.spawn(tensor_parallel_rows, settings, nprocs=2)
             rows += list(shared)
             print(table(list(shared)), flush=True)
     for num_tokens in arguments.fused_tokens:
         for hidden_size in arguments.hidden:
             rows += fused_rows(
-                num_tokens, arguments.vocab, hidden_size, arguments.chunk_tokens, max(2, arguments.repeats // 2)
+                num_tokens, arguments.vocab, hidden_size, arguments.chunk_tokens, max(2, arguments.repeats // 2), clock
             )
             print(table(rows[-4:]), flush=True)
 
-    flags = f"--tokens {' '.join(map(str, arguments.tokens))} --hidden {' '.join(map(str, arguments.hidden))}"
+    flags = (
+        f"--clock {arguments.clock} --tokens {' '.join(map(str, arguments.tokens))} "
+        f"--fused-tokens {' '.join(map(str, arguments.fused_tokens))} --hidden {' '.join(map(str, arguments.hidden))}"
+    )
+    unit = "CPU seconds of one thread" if arguments.clock == "cpu" else "seconds by the wall clock"
     intro = (
-        f"## Clipped KL\n\n`python benchmarks/ops.py {flags}`: V = {arguments.vocab}, forward and backward, best of "
-        f"{arguments.repeats} runs that take turns; torch {torch.__version__}, {os.cpu_count()} cores "
-        f"({platform.machine()}), load average {load_before:.1f} before and {os.getloadavg()[0]:.1f} after (a free "
-        f"machine of this size has at most {os.cpu_count()}).\nExtra memory is above the inputs and includes the "
-        "gradient. Nothing here ran on a GPU.\n\n![time and memory](images/ops.png)\n\n"
+        f"## Clipped KL\n\n`python benchmarks/ops.py {flags}`: V = {arguments.vocab}, forward and backward, {unit}, "
+        f"best of {arguments.repeats} runs that take turns (fused: {max(2, arguments.repeats // 2)}); "
+        f"torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), load average {load_before:.1f} "
+        f"before and {os.getloadavg()[0]:.1f} after.\nExtra memory is above the inputs and includes the gradient. "
+        "Nothing here ran on a GPU.\n\n![time and memory](images/ops.png)\n\n"
     )
     plot(rows, ROOT / "docs/images/ops.png")
     write_section(intro + table(rows), ROOT / "docs/benchmarks.md")

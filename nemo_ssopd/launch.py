@@ -52,7 +52,8 @@ def under_launcher() -> bool:
 def prepare_run_dir(config: Config) -> None:
     """Refuse to write over another run. Workers check too: none writes before all have joined the process group."""
     run_dir = Path(config.run_dir)
-    if (run_dir / "metrics.jsonl").exists() and not config.trainer.resume:
+    holds_a_run = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
+    if holds_a_run and not config.trainer.resume:
         raise ValueError(
             f"run_dir={config.run_dir!r} holds a run: give another run_dir, or continue it with trainer.resume=true"
         )

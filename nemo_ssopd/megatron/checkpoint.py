@@ -146,7 +146,7 @@ def _start(parent: Path, temporary: Path) -> None:
 def _write_tensors(sharded: dict[str, Any], folder: Path, runtime: Runtime) -> None:
     """What `dist_checkpointing.save` does, in the same format, with two differences.
 
-    The tensors are written by this process: Megatron's writer starts helpers, which import the main script again. And a
+    The tensors are written by this process: Megatron's writer starts others, which import the main script again. And a
     full disk on one rank is an error on all: there, the others would wait in a barrier.
     """
     tensors, common = save_preprocess(sharded)

@@ -280,7 +280,8 @@ class _LogitsClippedKL(torch.autograd.Function):
                 row_kernels_torch.sweep_whole_rows(
                     student_TW[:, : ctx.width], teacher_TW[:, : ctx.width], ctx.clip, False, grad_TW[:, : ctx.width]
                 )
-            return grad_TW.mul_(upstream_T.unsqueeze(1)), None, None, None, None, None, None
+            row_kernels_torch.scale_rows(grad_TW[:, : ctx.width], upstream_T)
+            return grad_TW, None, None, None, None, None, None
         grad_TW = _empty_gradient(student_TW, ctx.width)
         row_kernels(student_TW).write_kl_gradient(
             student_TW[:, : ctx.width],

@@ -195,6 +195,18 @@ def sweep_whole_rows(
     return rows_T10[:, :3], rows_T10[:, 3:6], _to_kl_sums(rows_T10[:, 6:], clip)
 
 
+def scale_rows(tensor_TW: Tensor, scale_T: Tensor) -> None:
+    """In place, by blocks: at once, torch would make two fp32 copies of a whole low-precision tensor."""
+
+    def scale_block(rows: slice, scratch_RW: Tensor) -> None:
+        if tensor_TW.dtype == scratch_RW.dtype:
+            tensor_TW[rows].mul_(scale_T[rows, None])
+        else:
+            tensor_TW[rows] = scratch_RW.copy_(tensor_TW[rows]).mul_(scale_T[rows, None])
+
+    _for_row_blocks(scale_block, tensor_TW, scratch=1)
+
+
 def _for_row_blocks(work: Callable[..., None], logits_TW: Tensor, scratch: int) -> None:
     """`work(rows, *buffers)` for blocks of whole rows that cover [T, W], with `scratch` buffers of the block's shape.
 

@@ -49,7 +49,13 @@ class RolloutEngine:
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
             if on_gpu
-            else {"kv_cache_memory_bytes": int(cpu_cache_gib * 2**30), "enforce_eager": True}
+            else {
+                "kv_cache_memory_bytes": int(cpu_cache_gib * 2**30),
+                "enforce_eager": True,
+                # A prompt cut into chunks makes vLLM rewind the request's random generator, which on CPU it cannot.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(max_model_len, 8192),
+            }
         )
         self._llm = LLM(
             model=model_path,

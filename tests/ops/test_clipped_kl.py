@@ -70,7 +70,7 @@ def test_hand_computed_example() -> None:
 def test_matches_float64_autograd(
     num_tokens: int, width: int, dtype: torch.dtype, loss_error: float, grad_error: float
 ) -> None:
-    """The loss is computed in fp32 from logits of any dtype; the gradient is rounded once, to that dtype."""
+    """The loss is computed in fp32 from logits of any dtype; the gradient has that dtype."""
     student, teacher = (oracle.logits(num_tokens, width, seed=seed).to(dtype) for seed in (1, 2))
     upstream_T = _upstream(num_tokens).to(torch.float64 if dtype == torch.float64 else torch.float32)
     loss_T, grad = _run(student, teacher, upstream_T)

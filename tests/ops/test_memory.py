@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +87,30 @@ def test_logits_form_allocates_the_gradient_and_little_else(dtype: torch.dtype) 
     assert peak - logits_bytes < 0.05 * 2 * logits_bytes
     with torch.no_grad():
         assert peak_bytes(forward) < 0.05 * 2 * logits_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resident_memory_agrees(dtype: torch.dtype) -> None:
+    """What operations allocate within themselves (for type promotion, say) a dispatch mode does not see; Linux does."""
+    student = torch.randn(512, 40000).to(dtype).requires_grad_()
+    teacher = torch.randn(512, 40000).to(dtype)
+    logits_bytes = student.numel() * student.element_size()
+    upstream_T = torch.linspace(0.0, 1.0, 512)
+
+    def run() -> None:
+        vocab_parallel_clipped_kl(student, teacher, clip=CLIP, group=None).backward(upstream_T)
+
+    run()
+    student.grad = None
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status_bytes("VmRSS")
+    run()
+    assert _status_bytes("VmHWM") - before < 1.2 * logits_bytes
+
+
+def _status_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
 
 
 def _fused_peak(num_tokens: int, operation: str, needs_weight: bool) -> tuple[int, int]:
