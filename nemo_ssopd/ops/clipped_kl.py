@@ -57,8 +57,8 @@ class ClippedKLStats:
 
 
 def vocab_parallel_clipped_kl(
-    student_logits_TW: Tensor,
-    teacher_logits_TW: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
     *,
     clip: float,
     group: dist.ProcessGroup | None,
@@ -66,29 +66,29 @@ def vocab_parallel_clipped_kl(
 ) -> Tensor:
     """The clipped KL of each token, [T], in nats, not reduced; float32 (float64 for float64 logits).
 
-    Logits are this rank's columns; ranks hold consecutive ranges of the vocabulary. Columns from `vocab_size` on are
-    padding: they take no mass and get no gradient. The student's gradient has the dtype of its logits. The inputs are
-    not changed, and both must stay unchanged until the backward.
+    Logits are this rank's columns, [T, V/tp]; ranks hold consecutive ranges of the vocabulary. Columns from
+    `vocab_size` on are padding: they take no mass and get no gradient. The student's gradient has the dtype of its
+    logits. The inputs are not changed, and both must stay unchanged until the backward.
     """
-    return _logits_clipped_kl(student_logits_TW, teacher_logits_TW, clip, group, vocab_size, with_stats=False)[0]
+    return _logits_clipped_kl(student_logits, teacher_logits, clip, group, vocab_size, with_stats=False)[0]
 
 
 def vocab_parallel_clipped_kl_with_stats(
-    student_logits_TW: Tensor,
-    teacher_logits_TW: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
     *,
     clip: float,
     group: dist.ProcessGroup | None,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, ClippedKLStats]:
     """`vocab_parallel_clipped_kl`, and its statistics out of the same passes."""
-    return _logits_clipped_kl(student_logits_TW, teacher_logits_TW, clip, group, vocab_size, with_stats=True)
+    return _logits_clipped_kl(student_logits, teacher_logits, clip, group, vocab_size, with_stats=True)
 
 
 def linear_clipped_kl(
-    student_hidden_TH: Tensor,
-    teacher_hidden_TH: Tensor,
-    weight_WH: Tensor,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
     *,
     clip: float,
     temperature: float,
@@ -98,13 +98,14 @@ def linear_clipped_kl(
 ) -> Tensor:
     """The clipped KL of each token, [T], between `softmax(hidden W^T / temperature)` of student and teacher.
 
+    Hidden states are [T, H], the weight is this rank's [V/tp, H].
     Logits exist for `chunk_tokens` tokens at a time. The gradient of the student's hidden states comes back summed over
     `group`; the weight's is this shard's own, of the student side alone, and computed only if the weight requires it.
     """
     return linear_clipped_kl_with_stats(
-        student_hidden_TH,
-        teacher_hidden_TH,
-        weight_WH,
+        student_hidden,
+        teacher_hidden,
+        weight,
         clip=clip,
         temperature=temperature,
         group=group,
@@ -114,9 +115,9 @@ def linear_clipped_kl(
 
 
 def linear_clipped_kl_with_stats(
-    student_hidden_TH: Tensor,
-    teacher_hidden_TH: Tensor,
-    weight_WH: Tensor,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
     *,
     clip: float,
     temperature: float,
@@ -125,23 +126,23 @@ def linear_clipped_kl_with_stats(
     vocab_size: int | None = None,
 ) -> tuple[Tensor, ClippedKLStats]:
     """`linear_clipped_kl`, and its statistics out of the same passes."""
-    _check_pair(student_hidden_TH, teacher_hidden_TH, clip)
+    _check_pair(student_hidden, teacher_hidden, clip)
     layer = output_layer(
-        student_hidden_TH,
-        weight_WH,
+        student_hidden,
+        weight,
         temperature=temperature,
         group=group,
         chunk_tokens=chunk_tokens,
         vocab_size=vocab_size,
     )
     loss_T, stats_T5 = _LinearClippedKL.apply(
-        student_hidden_TH,
-        teacher_hidden_TH.detach(),
-        weight_WH,
+        student_hidden,
+        teacher_hidden.detach(),
+        weight,
         clip,
         layer,
-        torch.is_grad_enabled() and student_hidden_TH.requires_grad,
-        torch.is_grad_enabled() and weight_WH.requires_grad,
+        torch.is_grad_enabled() and student_hidden.requires_grad,
+        torch.is_grad_enabled() and weight.requires_grad,
     )
     return loss_T, ClippedKLStats(*stats_T5.unbind(1))
 

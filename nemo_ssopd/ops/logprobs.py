@@ -26,9 +26,9 @@ from nemo_ssopd.ops.vocab_parallel import (
 
 
 def linear_logprobs(
-    hidden_TH: Tensor,
-    weight_WH: Tensor,
-    targets_T: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     *,
     temperature: float,
     group: dist.ProcessGroup | None,
@@ -37,25 +37,26 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """`log p(target)` and the entropy of `p = softmax(hidden W^T / temperature)`, both [T], in nats, in float32.
 
-    Targets are global vocabulary ids; one that no shard holds has log-probability -inf. The log-probabilities are
-    differentiable in the hidden states (that gradient comes back summed over `group`) and in the weight (that gradient
-    is this shard's own); the entropy is not. Columns from `vocab_size` on are padding and take no mass.
+    Hidden states are [T, H], the weight this rank's [V/tp, H]. Targets [T] are global vocabulary ids; one that no shard
+    holds has log-probability -inf. The log-probabilities are differentiable in the hidden states (that gradient comes
+    back summed over `group`) and in the weight (that gradient is this shard's own); the entropy is not. Columns from
+    `vocab_size` on are padding and take no mass.
     """
     layer = output_layer(
-        hidden_TH,
-        weight_WH,
+        hidden,
+        weight,
         temperature=temperature,
         group=group,
         chunk_tokens=chunk_tokens,
         vocab_size=vocab_size,
     )
     logprobs_T, entropy_T = _LinearLogprobs.apply(
-        hidden_TH,
-        weight_WH,
-        targets_T - layer.shard.start,
+        hidden,
+        weight,
+        targets - layer.shard.start,
         layer,
-        torch.is_grad_enabled() and hidden_TH.requires_grad,
-        torch.is_grad_enabled() and weight_WH.requires_grad,
+        torch.is_grad_enabled() and hidden.requires_grad,
+        torch.is_grad_enabled() and weight.requires_grad,
     )
     return logprobs_T, entropy_T
 
