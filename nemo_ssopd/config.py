@@ -1,8 +1,8 @@
 """The configuration tree: frozen dataclasses, their defaults, and every check that needs no GPU and no engine.
 
 Defaults live on the fields and nowhere else; the files in `conf/` say only what a run changes. Where a
-default comes from is noted as in the method's constants: (paper), (OPSD: the public implementation whose
-set-up the paper follows), or (ours). Every message names the field, the value and the way out.
+default comes from stands beside it: (paper), (OPSD: the public implementation whose set-up the paper
+follows, arXiv 2601.18734), or (ours). Every message names the field, the value and the way out.
 """
 
 from __future__ import annotations

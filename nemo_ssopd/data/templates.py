@@ -59,7 +59,7 @@ def render_student(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, data: Dat
 def render_teacher(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, witness_text: str, data: DataConfig
 ) -> tuple[int, ...]:
-    """The privileged context (method, section 3.2): the same problem with a correct solution in the user turn."""
+    """The privileged context (paper, eq. 5): the same problem with a correct solution in the user turn."""
     user = _fill(
         data.teacher_template,
         problem=_as_data(tokenizer, prompt.problem),

@@ -1,4 +1,4 @@
-"""Pointwise-clipped forward KL over a vocabulary sharded over ranks (method, section 3, eqs. 3 and 6).
+"""Pointwise-clipped forward KL over a vocabulary sharded over ranks (paper, eqs. 3 and 6).
 
     loss_t = sum_v min(p_T(v) * (log p_T(v) - log p_S(v)), clip)           teacher p_T, student p_S, in nats
     d loss_t / d z_S(v) = P_U * p_S(v) - p_T(v) * [v in U],                U = {v : summand below clip}, P_U = p_T(U)
