@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-RUN ?= runs/tiny_cpu-$(shell date +%Y%m%d-%H%M%S)
+RUN ?= runs/$(firstword $(MAKECMDGOALS))-$(shell date +%Y%m%d-%H%M%S)
+RUN := $(RUN)
 
 .PHONY: train test warmstart install lock clean
 
