@@ -58,7 +58,7 @@ class MathVerifier:
     memory_gb: address space of one process.
     """
 
-    def __init__(self, workers: int = 2, timeout_s: float = 5.0, memory_gb: float = 3.0, cpu_s: float = 1.0) -> None:
+    def __init__(self, workers: int = 2, timeout_s: float = 5.0, memory_gb: float = 3.0, cpu_s: float = 1.5) -> None:
         _check("workers", workers, isinstance(workers, int) and workers >= 1, "use a whole number, at least 1")
         _check("timeout_s", timeout_s, 0 < timeout_s < float("inf"), "use a positive number of seconds, such as 5.0")
         _check("cpu_s", cpu_s, 0.01 <= cpu_s < float("inf"), "use a number of seconds from 0.01 up, such as 1.0")
