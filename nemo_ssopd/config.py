@@ -193,7 +193,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Avg@n during training and in scripts/evaluate.py (defaults: OPSD; Qwen3 itself recommends temperature 0.6)."""
+    """Avg@n before, during and after training (defaults: OPSD; Qwen3 itself recommends temperature 0.6)."""
 
     samples: int = 12
     temperature: float = 1.0

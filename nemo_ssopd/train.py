@@ -324,7 +324,8 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
         return {}
     timer = StageTimer()
     with timer.stage("eval"):
-        trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=step)
+        if trainer.collector.engine.policy_version != step:  # an SFT run leaves the engine alone until it is asked
+            trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=step)
         samples = evaluate(
             trainer.collector,
             trainer.data.eval,

@@ -139,6 +139,14 @@ def test_adapters_and_two_data_parallel_ranks(tmp_path: Path) -> None:
     assert changed == {name for name in after if "_proj." in name}
 
 
+def test_a_run_of_steps_that_are_not_finite_is_stopped(tmp_path: Path) -> None:
+    """The penalty is exactly zero at the reference; one step away from it, this weight makes the gradient overflow."""
+    result = train(tmp_path / "run", "algorithm.reference_kl=3e38", "trainer.max_steps=9", "data.eval=null")
+    assert result.returncode != 0
+    assert "the last 3 steps, up to 4, were skipped" in result.stdout + result.stderr
+    assert [row["optim/skipped_steps"] for row in metrics(tmp_path / "run")] == [0, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
