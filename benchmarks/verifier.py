@@ -129,7 +129,7 @@ completions, {HOSTILE_SHARE:.0%} hostile, {os.cpu_count()} CPU cores, load avera
 
 | | answers | seconds | answers/s | slowest answer |
 |---|---|---|---|---|
-| `MathVerifier`, {arguments.workers} workers | {len(verdicts)} | {elapsed:.1f} | {pool_rate:.0f} | limit: 1 s of CPU |
+| `MathVerifier`, {arguments.workers} workers | {len(verdicts)} | {elapsed:.1f} | {pool_rate:.0f} | limit: 1.5 s of CPU |
 | sequential math-verify (sample) | {len(seconds)} | {sum(seconds):.1f} | {sequential_rate:.0f} | {max(seconds):.1f} s |
 
 Reasons: {", ".join(f"{reason} {count}" for reason, count in reasons.most_common())}.
