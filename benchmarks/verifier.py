@@ -121,7 +121,7 @@ def main() -> None:
     verdicts, elapsed, log = run_pool(completions, golds, arguments.workers)
     seconds = run_sequential(completions, golds, min(arguments.sequential, arguments.answers))
     reasons = Counter(verdict.reason for verdict in verdicts)
-    pool_rate, sequential_rate = len(verdicts) / elapsed, len(seconds) / sum(seconds)
+    graded, pool_rate, sequential_rate = len(verdicts), len(verdicts) / elapsed, len(seconds) / sum(seconds)
     text = f"""## Verifier
 
 `python benchmarks/verifier.py --answers {arguments.answers} --workers {arguments.workers}`: groups of {GROUP_SIZE}
@@ -129,7 +129,7 @@ completions, {HOSTILE_SHARE:.0%} hostile, {os.cpu_count()} CPU cores, load avera
 
 | | answers | seconds | answers/s | slowest answer |
 |---|---|---|---|---|
-| `MathVerifier`, {arguments.workers} workers | {len(verdicts)} | {elapsed:.1f} | {pool_rate:.0f} | limit: 1.5 s of CPU |
+| `MathVerifier`, {arguments.workers} workers | {graded} | {elapsed:.1f} | {pool_rate:.0f} | limit: 1.5 s of CPU |
 | sequential math-verify (sample) | {len(seconds)} | {sum(seconds):.1f} | {sequential_rate:.0f} | {max(seconds):.1f} s |
 
 Reasons: {", ".join(f"{reason} {count}" for reason, count in reasons.most_common())}.
