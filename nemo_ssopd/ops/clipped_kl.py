@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_ssopd.ops import row_kernels_torch
-from nemo_ssopd.ops.row_kernels_torch import RowNorm, compute_dtype
+from nemo_ssopd.ops.row_kernels_torch import RowNorm, compute_dtype, in_huge_pages
 from nemo_ssopd.ops.vocab_parallel import (
     LinearGradients,
     OutputLayer,
@@ -232,7 +232,7 @@ def _clipped_kl_terms(
 
 def _empty_gradient(logits_TW: Tensor, width: int) -> Tensor:
     """To be written up to `width`; the padding behind it is zero already."""
-    grad_TW = torch.empty_like(logits_TW)
+    grad_TW = in_huge_pages(torch.empty_like(logits_TW))
     grad_TW[:, width:] = 0.0
     return grad_TW
 

@@ -11,7 +11,10 @@ cheapest exponential on CPU and GPU alike); logits are scaled on the way in.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -22,9 +25,10 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
-MAX_BLOCK_BYTES = 2**22  # a few of these stay in a last-level cache
-MIN_BLOCK_BYTES = 2**16
-BLOCKS_PER_TENSOR = 64  # in between, the scratch of all threads is at most 3 % of the two logits tensors
+MAX_BLOCK_BYTES = 2**21  # a few of these stay in a last-level cache
+MIN_BLOCK_BYTES = 2**17  # below, calling the operations costs more than they do
+SCRATCH_SHARE = 0.04  # in between, of all threads together, relative to the two logits tensors
+MIN_BYTES_FOR_HUGE_PAGES = 2**22  # two of them, so that at least one is whole
 MIN_BYTES_FOR_THREADS = 2**22  # starting threads costs a part of working through this
 
 
@@ -36,6 +40,20 @@ class RowNorm(NamedTuple):
 
     max_T: Tensor
     log_sum_T: Tensor
+
+
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """Its argument, not written to yet, with Linux asked to back it by huge pages. Elsewhere it does nothing.
+
+    Memory as large as logits comes fresh from the system, which hands out a small page at each first write: on the
+    machine of `docs/benchmarks.md` this takes as long as all the arithmetic on it.
+    """
+    if sys.platform == "linux" and fresh.device.type == "cpu" and fresh.nbytes >= MIN_BYTES_FOR_HUGE_PAGES:
+        start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (fresh.data_ptr() + fresh.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        # Advice only: a kernel without huge pages refuses it, and nothing is lost.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
+    return fresh
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,8 +87,7 @@ def row_statistics(logits_TW: Tensor, with_entropy: bool) -> Tensor:
     stats_T3[:, 0] = torch.finfo(stats_T3.dtype).min
 
     def statistics_of_block(rows: slice, z_RW: Tensor, power_RW: Tensor) -> None:
-        max_R1 = _scaled_max(logits_TW[rows])
-        _write_scaled(logits_TW[rows], max_R1, z_RW)
+        max_R1 = _write_shifted(logits_TW[rows], z_RW)
         sum_R1 = torch.exp2(z_RW, out=power_RW).sum(dim=1, keepdim=True)
         weighted_R1 = _weighted_sum(z_RW, power_RW) if with_entropy else torch.zeros_like(sum_R1)
         stats_T3[rows] = torch.cat([max_R1, sum_R1, weighted_R1], dim=1)
@@ -167,26 +184,28 @@ def sweep_whole_rows(
     def sweep_block(rows: slice, teacher_z_RW: Tensor, minus_kl_RW: Tensor, *more: Tensor) -> None:
         grad_RW = None if grad_TW is None else grad_TW[rows]
         student_z_RW = grad_RW if grad_RW is not None and in_gradient else more[-1]
-        student_max_R1, teacher_max_R1 = _scaled_max(student_TW[rows]), _scaled_max(teacher_TW[rows])
-        _write_scaled(teacher_TW[rows], teacher_max_R1, teacher_z_RW)
-        _write_scaled(student_TW[rows], student_max_R1, student_z_RW)
-        torch.sub(student_z_RW, teacher_z_RW, out=minus_kl_RW)
+        teacher_max_R1 = _write_shifted(teacher_TW[rows], teacher_z_RW)
+        student_max_R1 = _write_shifted(student_TW[rows], student_z_RW)
+        torch.sub(teacher_z_RW, student_z_RW, out=minus_kl_RW)
 
-        teacher_p_RW = torch.exp2(teacher_z_RW, out=more[0] if with_stats else teacher_z_RW)
-        teacher_sum_R1 = teacher_weighted_R1 = teacher_p_RW.sum(dim=1, keepdim=True)
+        power_RW = torch.exp2(teacher_z_RW, out=more[0] if with_stats else teacher_z_RW)
+        teacher_sum_R1 = teacher_weighted_R1 = power_RW.sum(dim=1, keepdim=True)
         if with_stats:
-            teacher_weighted_R1 = _weighted_sum(teacher_z_RW, teacher_p_RW)
-        student_p_RW = torch.exp2(student_z_RW, out=teacher_z_RW if with_stats else student_z_RW)
-        student_sum_R1 = student_weighted_R1 = student_p_RW.sum(dim=1, keepdim=True)
+            teacher_weighted_R1 = _weighted_sum(teacher_z_RW, power_RW)
+        student_power_RW = torch.exp2(student_z_RW, out=teacher_z_RW if with_stats else student_z_RW)
+        student_sum_R1 = student_weighted_R1 = student_power_RW.sum(dim=1, keepdim=True)
         if with_stats:
-            student_weighted_R1 = _weighted_sum(student_z_RW, student_p_RW)
+            student_weighted_R1 = _weighted_sum(student_z_RW, student_power_RW)
 
-        teacher_p_RW.div_(teacher_sum_R1)
-        minus_kl_RW.add_(torch.log2(teacher_sum_R1 / student_sum_R1)).mul_(teacher_p_RW)
-        sums = _reduce_block(minus_kl_RW, teacher_p_RW, clip, with_stats)
+        minus_p_RW = power_RW.div_(-teacher_sum_R1)  # with this sign the gradient below is one operation
+        minus_kl_RW.add_(torch.log2(student_sum_R1 / teacher_sum_R1)).mul_(minus_p_RW)
+        sums = _reduce_block(minus_kl_RW, minus_p_RW, clip, with_stats)
+        sums = sums._replace(unclipped_mass_R1=-sums.unclipped_mass_R1)
         if grad_RW is not None:
-            student_p_RW.mul_(sums.unclipped_mass_R1 / student_sum_R1)
-            _write_difference(student_p_RW, teacher_p_RW, grad_RW)
+            scale_R1 = sums.unclipped_mass_R1 / student_sum_R1
+            torch.addcmul(minus_p_RW, student_power_RW, scale_R1, out=grad_RW if in_gradient else minus_p_RW)
+            if not in_gradient:
+                grad_RW.copy_(minus_p_RW)
         student_stats = (student_max_R1, student_sum_R1, student_weighted_R1)
         teacher_stats = (teacher_max_R1, teacher_sum_R1, teacher_weighted_R1)
         rows_T10[rows] = torch.cat([*student_stats, *teacher_stats, *sums], dim=1)
@@ -219,7 +238,8 @@ def _for_row_blocks(work: Callable[..., None], logits_TW: Tensor, scratch: int) 
     dtype = compute_dtype(logits_TW.dtype)
     bytes_of_logits = num_tokens * width * logits_TW.element_size()
     num_workers = min(num_threads, num_tokens) if bytes_of_logits > MIN_BYTES_FOR_THREADS else 1
-    block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, bytes_of_logits // BLOCKS_PER_TENSOR // num_workers))
+    share = int(SCRATCH_SHARE * 2 * bytes_of_logits) // (num_workers * scratch)
+    block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, share))
     rows_of_worker = -(-num_tokens // num_workers)
     block_rows = min(max(1, block_bytes // (width * dtype.itemsize)), rows_of_worker)
 
@@ -245,10 +265,16 @@ def _for_row_blocks(work: Callable[..., None], logits_TW: Tensor, scratch: int) 
         torch.set_num_threads(num_threads)  # what threads born later start with
 
 
-def _scaled_max(logits_RW: Tensor) -> Tensor:
-    """[R, 1]: max * log2(e), in the compute dtype. Kept finite: -inf would turn a row of -inf into inf - inf."""
-    max_R1 = logits_RW.amax(dim=1, keepdim=True).to(compute_dtype(logits_RW.dtype))
-    return max_R1.mul_(LOG2_E).clamp_(min=torch.finfo(max_R1.dtype).min)
+def _write_shifted(logits_RW: Tensor, out_RW: Tensor) -> Tensor:
+    """out = logits * log2(e) - max. Returns that max, [R, 1], times log2(e).
+
+    Kept finite: a max of -inf would turn a row of -inf into inf - inf.
+    """
+    if logits_RW.dtype != out_RW.dtype:
+        logits_RW = out_RW.copy_(logits_RW)
+    max_R1 = logits_RW.amax(dim=1, keepdim=True).mul_(LOG2_E).clamp_(min=torch.finfo(out_RW.dtype).min)
+    _write_scaled(logits_RW, max_R1, out_RW)
+    return max_R1
 
 
 def _write_scaled(logits_RW: Tensor, max_R1: Tensor, out_RW: Tensor) -> None:
@@ -261,14 +287,6 @@ def _write_scaled(logits_RW: Tensor, max_R1: Tensor, out_RW: Tensor) -> None:
 def _write_log2_p(logits_RW: Tensor, norm: RowNorm, rows: slice, out_RW: Tensor) -> None:
     _write_scaled(logits_RW, norm.max_T[rows, None], out_RW)
     out_RW.sub_(norm.log_sum_T[rows, None])
-
-
-def _write_difference(left_RW: Tensor, right_RW: Tensor, out_RW: Tensor) -> None:
-    """out = left - right, rounded to the dtype of `out`. Overwrites `left`."""
-    if out_RW.dtype == left_RW.dtype:
-        torch.sub(left_RW, right_RW, out=out_RW)
-    else:
-        out_RW.copy_(left_RW.sub_(right_RW))
 
 
 def _weighted_sum(z_RW: Tensor, power_RW: Tensor) -> Tensor:
@@ -284,7 +302,7 @@ class _BlockSums(NamedTuple):
 
 
 def _reduce_block(minus_kl_RW: Tensor, p_RW: Tensor, clip: float, with_stats: bool) -> _BlockSums:
-    """Of a block in base 2. Overwrites both arguments: p becomes p * [v in U]."""
+    """Of a block in base 2. Overwrites both arguments: p becomes p * [v in U]. Given -p, the mass too is negative."""
     minus_kl_R1 = minus_kl_RW.sum(dim=1, keepdim=True)
     if minus_kl_R1.isnan().any():  # 0 * inf, from logits of -inf: what the teacher gives no mass contributes nothing
         minus_kl_RW.masked_fill_(p_RW == 0, 0.0)

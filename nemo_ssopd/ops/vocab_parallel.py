@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_ssopd.ops import row_kernels_torch
-from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype, merge_statistics
+from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype, in_huge_pages, merge_statistics
 
 
 def row_kernels(tensor: Tensor) -> ModuleType:
@@ -49,7 +49,7 @@ class OutputLayer:
 
     def buffer(self, hidden_TH: Tensor) -> Tensor:
         """Room for the logits of one chunk."""
-        return hidden_TH.new_empty(min(self.chunk_tokens, hidden_TH.shape[0]), self.width)
+        return in_huge_pages(hidden_TH.new_empty(min(self.chunk_tokens, hidden_TH.shape[0]), self.width))
 
     def logits(self, hidden_CH: Tensor, weight_WH: Tensor, buffer_CW: Tensor) -> Tensor:
         """Over the buffer. The division by the temperature is the matrix product's own scale."""
