@@ -12,8 +12,10 @@ cheapest exponential on CPU and GPU alike); logits are scaled on the way in.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,7 @@ MAX_BLOCK_BYTES = 2**21  # a few of these stay in a last-level cache
 MIN_BLOCK_BYTES = 2**17  # below, calling the operations costs more than they do
 SCRATCH_SHARE = 0.04  # in between, of all threads together, relative to the two logits tensors
 MIN_BYTES_FOR_HUGE_PAGES = 2**22  # two of them, so that at least one is whole
-MIN_BYTES_FOR_THREADS = 2**22  # starting threads costs a part of working through this
+MIN_BYTES_FOR_THREADS = 2**25  # below, threads spend their time handing each other the interpreter lock
 
 
 class RowNorm(NamedTuple):
@@ -59,6 +61,12 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64, for gradient checks; everything else is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def log2(tensor: Tensor) -> Tensor:
+    """Not through MKL as `torch.log2` goes: for even one number MKL wakes its own threads and spins until all have
+    met, which takes milliseconds when another process wants a core."""
+    return torch.xlogy(LOG2_E, tensor)
 
 
 def log2_p(logits_T: Tensor, norm: RowNorm) -> Tensor:
@@ -198,7 +206,7 @@ def sweep_whole_rows(
             student_weighted_R1 = _weighted_sum(student_z_RW, student_power_RW)
 
         minus_p_RW = power_RW.div_(-teacher_sum_R1)  # with this sign the gradient below is one operation
-        minus_kl_RW.add_(torch.log2(student_sum_R1 / teacher_sum_R1)).mul_(minus_p_RW)
+        minus_kl_RW.add_(log2(student_sum_R1 / teacher_sum_R1)).mul_(minus_p_RW)
         sums = _reduce_block(minus_kl_RW, minus_p_RW, clip, with_stats)
         sums = sums._replace(unclipped_mass_R1=-sums.unclipped_mass_R1)
         if grad_RW is not None:
@@ -251,7 +259,6 @@ def _for_row_blocks(work: Callable[..., None], logits_TW: Tensor, scratch: int) 
             work(rows, *buffers[:, : rows.stop - start].unbind(0))
 
     def work_on_one_core(first: int) -> None:
-        torch.set_num_threads(1)  # of this thread, which ends with the call
         with torch.no_grad():
             work_through(first)
 
@@ -259,10 +266,18 @@ def _for_row_blocks(work: Callable[..., None], logits_TW: Tensor, scratch: int) 
         work_through(0)
         return
     try:
-        with ThreadPoolExecutor(num_workers) as pool:
-            list(pool.map(work_on_one_core, range(0, num_tokens, rows_of_worker)))
+        list(_threads(num_workers).map(work_on_one_core, range(0, num_tokens, rows_of_worker)))
     finally:
         torch.set_num_threads(num_threads)  # what threads born later start with
+
+
+@functools.cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    """Threads on which torch uses one core each. They are kept: a new one has all its memory to fault in."""
+    return ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,))
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
 
 
 def _write_shifted(logits_RW: Tensor, out_RW: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_ssopd.ops import row_kernels_torch
-from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype, in_huge_pages, merge_statistics
+from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype, in_huge_pages, log2, merge_statistics
 
 
 def row_kernels(tensor: Tensor) -> ModuleType:
@@ -155,5 +155,5 @@ def sum_shards(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def norm_and_entropy(stats_NT3: Tensor) -> tuple[RowNorm, Tensor]:
     """`row_statistics` of all N shards -> what normalises the whole rows, and their entropy [T] in nats."""
     max_T, sum_T, weighted_T = merge_statistics(stats_NT3).unbind(-1)
-    log_sum_T = torch.log2(sum_T)
+    log_sum_T = log2(sum_T)
     return RowNorm(max_T, log_sum_T), (log_sum_T - weighted_T / sum_T) * LN_2
