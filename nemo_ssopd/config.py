@@ -7,14 +7,20 @@ follows, arXiv 2601.18734), or (ours). Every message names the field, the value 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
+
+_PACKAGE = Path(__file__).parent
+# Beside the package in a checkout, inside it when installed.
+CONF = next(folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if folder.is_dir())
 
 
 @dataclass(frozen=True)
@@ -244,14 +250,25 @@ def _schema() -> DictConfig:
 ConfigStore.instance().store(name="schema", node=_schema())
 
 
+def compose_run(name: str, overrides: Sequence[str]) -> DictConfig:
+    """conf/NAME.yaml with KEY=VALUE overrides, as the training command composes it."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose(name, list(overrides))
+
+
 def from_hydra(composed: DictConfig) -> Config:
     """The composed tree as dataclasses, checked: ValueError names the field, the value and the remedy."""
+    config = as_dataclasses(composed)
+    validate(config)
+    return config
+
+
+def as_dataclasses(composed: DictConfig) -> Config:
+    """The composed tree with every field set; `validate` has the other checks."""
     missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
     if missing:
         raise ValueError(f"{', '.join(missing)} not set: give each a value in the config or as KEY=VALUE")
-    config = cast(Config, OmegaConf.to_object(composed))
-    validate(config)
-    return config
+    return cast(Config, OmegaConf.to_object(composed))
 
 
 def engine_tensor(config: Config) -> int:
@@ -265,12 +282,16 @@ def context_length(config: Config) -> int:
 
 
 def validate(config: Config) -> None:
-    """Every check that needs nothing but the config and the model's config.json."""
+    """Every check that needs nothing but the config and the files that it names."""
+    check_numbers(config, read_hf_config(config.model.path))
+    _check_sources(config)
+
+
+def check_numbers(config: Config, hf: HFModelConfig) -> None:
+    """The checks that need no file: single values, the layout, the lengths."""
     _check_values(config)
-    hf = read_hf_config(config.model.path)
     _check_layout(config, hf)
     _check_lengths(config, hf)
-    _check_sources(config)
 
 
 def _require(condition: bool, message: str) -> None:

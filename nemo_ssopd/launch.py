@@ -19,12 +19,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 from nemo.core.config import hydra_runner  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from nemo_ssopd.config import Config, from_hydra  # noqa: E402
+from nemo_ssopd.config import CONF, Config, from_hydra  # noqa: E402
 from nemo_ssopd.data.loading import load_data  # noqa: E402
-
-_PACKAGE = Path(__file__).parent
-# Beside the package in a checkout, inside it when installed.
-CONF = next(folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if folder.is_dir())
 
 
 @hydra_runner(config_path=str(CONF), config_name="tiny_cpu")
