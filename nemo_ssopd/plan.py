@@ -14,13 +14,15 @@ the widths of its query and key (or value) heads, F its share of the MLP width, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 
-from nemo_ssopd.config import Config, check_numbers, context_length, engine_tensor
-from nemo_ssopd.hf_config import HFModelConfig
+from nemo_ssopd.config import Config, as_dataclasses, check_numbers, compose_run, context_length, engine_tensor
+from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 
+SHAPES = Path(__file__).parents[1] / "assets" / "model_shapes"
 GIB = 2**30
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -72,6 +74,19 @@ class Widths:
     @property
     def W(self) -> int:
         return -(-self.hf.vocab_size // self.tensor)
+
+
+def load(name: str, overrides: Sequence[str]) -> tuple[Config, HFModelConfig]:
+    """A run's config and its model's shape, also where the weights are not; ValueError for what cannot work.
+
+    Without the folder that model.path names, the shape is that of assets/model_shapes with the same last name.
+    """
+    config = as_dataclasses(compose_run(name, overrides))
+    path = Path(config.model.path)
+    shape = SHAPES / path.name
+    hf = read_hf_config(shape if not path.exists() and shape.exists() else path)
+    check_numbers(config, hf)
+    return config, hf
 
 
 # ---- Counts ----------------------------------------------------------------------------------------------------------
@@ -158,7 +173,7 @@ class Activations:
         return N * elements * self.width + other + rotary
 
     def adapters(self) -> float:
-        """The products A x: column-parallel ones for the whole sequence (q, k, v, gate, up), row-parallel ones split."""
+        """The products A x: the column-parallel ones (q, k, v, gate, up) whole, the row-parallel ones split."""
         if not self.config.lora.enabled:
             return 0.0
         return self.batch.tokens * self.config.lora.rank * (5 + 2 / self.sequence_shards) * self.width
@@ -182,11 +197,12 @@ class Activations:
         return self.hf.num_layers * self.residual() + angles + self.norm() + mask
 
     def working_set(self) -> float:
-        """Beside what is stored, while one layer is recomputed and differentiated: the layer, and gradients of its
-        widest part. Sequence parallelism gathers the whole sequence before each column-parallel projection."""
+        """Beside what is stored, while one layer is recomputed and differentiated: the layer, and the gradients of its
+        MLP, or those of its attention once the MLP's part is freed. Sequence parallelism gathers the whole sequence
+        before each column-parallel projection."""
         recomputed = self.layer() if self.config.model.recompute else 0.0
         mlp = 3 * self.batch.tokens * self.w.F * self.width
-        attention = 0.0 if self.on_cuda else 2 * self._probabilities()
+        attention = 0.0 if self.on_cuda else 2 * self._probabilities() - self.mlp()
         gathered = self.residual() * self.sequence_shards if self.sequence_shards > 1 else 0.0
         return recomputed + max(mlp, attention) + 2 * self.residual() + gathered
 

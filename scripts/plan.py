@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
-from nemo_ssopd.config import Config, as_dataclasses, check_numbers, compose_run
-from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
-from nemo_ssopd.plan import GIB, Machine, MemoryPlan, adapters, parameters, plan, refusal
-
-SHAPES = Path(__file__).parents[1] / "assets" / "model_shapes"
+from nemo_ssopd.config import Config
+from nemo_ssopd.hf_config import HFModelConfig
+from nemo_ssopd.plan import GIB, Machine, MemoryPlan, adapters, load, parameters, plan, refusal
 
 
 def main() -> None:
@@ -39,16 +36,6 @@ def main() -> None:
     show(arguments.config_name, config, hf, plan(config, hf, machine))
     if message := refusal(config, hf, machine):
         sys.exit(f"does not fit: {message}")
-
-
-def load(name: str, overrides: list[str]) -> tuple[Config, HFModelConfig]:
-    """The run's config, and its model's shape; ValueError for what the training command would refuse, files aside."""
-    config = as_dataclasses(compose_run(name, overrides))
-    path = Path(config.model.path)
-    shape = SHAPES / path.name
-    hf = read_hf_config(shape if not path.exists() and shape.exists() else path)
-    check_numbers(config, hf)
-    return config, hf
 
 
 def show(name: str, config: Config, hf: HFModelConfig, memory: MemoryPlan) -> None:
