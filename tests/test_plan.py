@@ -139,6 +139,10 @@ def test_the_command_accepts_every_shipped_gpu_config(name: str) -> None:
     done = command("--config-name", name)
     assert done.returncode == 0, done.stderr
     assert name in done.stdout and "KV cache" in done.stdout and "total" in done.stdout
+    memory = plan(*load(name, []), Machine())
+    totals = " | ".join(f"{memory.total(phase) / GIB:.1f}" for phase in memory.phases)
+    documented = (ROOT / "docs" / "gpu.md").read_text()
+    assert f"| `{name}` | {totals} | {memory.kv_tokens:,} | {sum(memory.host.values()) / GIB:.1f} |" in documented
 
 
 def test_the_command_refuses_with_a_way_out_that_works() -> None:
