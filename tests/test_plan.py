@@ -103,12 +103,12 @@ def test_counts_equal_the_real_models(cases: list[Case], layout: str) -> None:
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("parallel", ["cpu_tp2", "cpu_dp2"])
 def test_the_peak_of_an_update_is_near_what_is_allocated(parallel: str, recompute: bool) -> None:
-    """Tensors only, counted: the plan adds up the largest moment from its parts, and may be up to a fifth above it."""
+    """Tensors only, counted. The plan adds up the largest moment from its parts: up to a quarter above what is."""
     overrides = [f"parallel={parallel}", f"model.recompute={recompute}"]
     for counted in run_distributed(update_peak, 2, overrides):
         config, hf = load("tiny_cpu", overrides)
         predicted = plan(config, hf, ON_CPU).phases["update"]["activations"]
-        assert 0.8 * predicted <= counted <= 1.05 * predicted, (counted, predicted)
+        assert 0.75 * predicted <= counted <= 1.05 * predicted, (counted, predicted)
 
 
 def test_the_8b_config_by_hand() -> None:
