@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,8 +132,11 @@ class DataConfig:
     """Likewise, for Avg@n during and after training."""
     split: str = "train"
     """Split of a hub dataset."""
-    problem_field: str = "problem"
-    answer_field: str = "answer"
+    subset: str | None = None
+    """Configuration of a hub dataset that has several."""
+    problem_field: str | None = None
+    """Null takes the first of the usual names that the rows have: problem, question, ... (see data/prompts.py)."""
+    answer_field: str | None = None
     solution_field: str = "solution"
     student_template: str = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     """The user turn that the student reads; {problem} is replaced."""
@@ -239,15 +243,16 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
-def _schema() -> DictConfig:
+def open_schema(tree: type) -> DictConfig:
     """The tree as Hydra's schema: unknown keys and wrong types raise. Frozen dataclasses come read-only."""
-    schema = OmegaConf.structured(Config)
+    schema = OmegaConf.structured(tree)
     for node in (schema, *(schema._get_node(key) for key in schema)):
-        node._set_flag("readonly", None)
+        if isinstance(node, DictConfig):
+            node._set_flag("readonly", None)
     return schema
 
 
-ConfigStore.instance().store(name="schema", node=_schema())
+ConfigStore.instance().store(name="schema", node=open_schema(Config))
 
 
 def compose_run(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -258,17 +263,17 @@ def compose_run(name: str, overrides: Sequence[str]) -> DictConfig:
 
 def from_hydra(composed: DictConfig) -> Config:
     """The composed tree as dataclasses, checked: ValueError names the field, the value and the remedy."""
-    config = as_dataclasses(composed)
+    config = cast(Config, as_dataclasses(composed))
     validate(config)
     return config
 
 
-def as_dataclasses(composed: DictConfig) -> Config:
-    """The composed tree with every field set; `validate` has the other checks."""
+def as_dataclasses(composed: DictConfig) -> Any:
+    """The composed tree, unchecked but for values that are missing."""
     missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
     if missing:
         raise ValueError(f"{', '.join(missing)} not set: give each a value in the config or as KEY=VALUE")
-    return cast(Config, OmegaConf.to_object(composed))
+    return OmegaConf.to_object(composed)
 
 
 def engine_tensor(config: Config) -> int:
@@ -294,76 +299,83 @@ def check_numbers(config: Config, hf: HFModelConfig) -> None:
     _check_lengths(config, hf)
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
+def check_ranges(
+    config: Any, *, choices: dict[str, tuple[str, ...]], at_least_one: str, positive: str, not_negative: str
+) -> None:
+    """Choices and ranges of single fields, given as section.key, several in one string."""
+    for name, allowed in choices.items():
+        require(_get(config, name) in allowed, f"{name}={_get(config, name)!r}: use one of {', '.join(allowed)}")
+    for name in at_least_one.split():
+        require(_get(config, name) >= 1, f"{name}={_get(config, name)}: give at least 1")
+    for name in positive.split():
+        require(_get(config, name) > 0, f"{name}={_get(config, name)}: give a value above 0")
+    for name in not_negative.split():
+        require(_get(config, name) >= 0, f"{name}={_get(config, name)}: give 0 or more")
+
+
 def _check_values(config: Config) -> None:
-    """Choices and ranges of single fields."""
-    choices = {"algorithm.name": ("ssopd", "grpo", "sft"), "model.dtype": ("bfloat16", "float32")}
-    at_least_one = (
-        "parallel.world_size parallel.tensor parallel.threads algorithm.prefixes rollout.group_size "
+    """What single fields may be."""
+    check_ranges(
+        config,
+        choices={"algorithm.name": ("ssopd", "grpo", "sft"), "model.dtype": ("bfloat16", "float32")},
+        at_least_one="parallel.world_size parallel.tensor parallel.threads algorithm.prefixes rollout.group_size "
         "rollout.max_prompt_tokens rollout.max_new_tokens rollout.max_sequences verifier.workers trainer.max_steps "
         "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens "
-        "evaluation.samples evaluation.max_new_tokens lora.rank trainer.max_skipped_steps"
-    ).split()
-    positive = (
-        "algorithm.clip optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha".split()
-    )
-    not_negative = (
-        "algorithm.lambda_0 algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
+        "evaluation.samples evaluation.max_new_tokens lora.rank trainer.max_skipped_steps",
+        positive="algorithm.clip optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha",
+        not_negative="algorithm.lambda_0 algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
         "algorithm.clip_ratio_high optimizer.weight_decay optimizer.clip_grad optimizer.warmup_steps "
         "optimizer.decay_steps trainer.save_every trainer.eval_every trainer.keep_checkpoints rollout.tensor "
-        "evaluation.temperature"
-    ).split()
-    for name, allowed in choices.items():
-        _require(_get(config, name) in allowed, f"{name}={_get(config, name)!r}: use one of {', '.join(allowed)}")
-    for name in at_least_one:
-        _require(_get(config, name) >= 1, f"{name}={_get(config, name)}: give at least 1")
-    for name in positive:
-        _require(_get(config, name) > 0, f"{name}={_get(config, name)}: give a value above 0")
-    for name in not_negative:
-        _require(_get(config, name) >= 0, f"{name}={_get(config, name)}: give 0 or more")
-    _require(
+        "evaluation.temperature",
+    )
+    require(
         config.algorithm.name == "sft" or config.rollout.group_size > 1,
         f"rollout.group_size={config.rollout.group_size}: advantages compare completions, give at least 2",
     )
-    _require("{problem}" in config.data.student_template, "data.student_template lacks {problem}: say where it goes")
+    require("{problem}" in config.data.student_template, "data.student_template lacks {problem}: say where it goes")
     for mark in ("{problem}", "{witness}"):
-        _require(mark in config.data.teacher_template, f"data.teacher_template lacks {mark}: say where it goes")
+        require(mark in config.data.teacher_template, f"data.teacher_template lacks {mark}: say where it goes")
 
 
-def _get(config: Config, name: str) -> Any:
-    section, key = name.split(".")
-    return getattr(getattr(config, section), key)
+def _get(config: Any, name: str) -> Any:
+    return reduce(getattr, name.split("."), config)
 
 
-def _check_layout(config: Config, hf: HFModelConfig) -> None:
-    """The model's shape against the processes."""
-    parallel, trainer, engine_tp = config.parallel, config.trainer, engine_tensor(config)
-    _require(
+def check_tensor(parallel: ParallelConfig, hf: HFModelConfig, path: str) -> None:
+    """The model's shape against the processes that share it."""
+    require(
         parallel.world_size % parallel.tensor == 0,
         f"parallel.world_size={parallel.world_size} is not a multiple of parallel.tensor={parallel.tensor}: "
         f"change one of them",
     )
-    _require(
+    sizes = {"query heads": hf.num_heads, "key-value heads": hf.num_kv_heads, "MLP width": hf.ffn_hidden_size}
+    for what, size in sizes.items():
+        require(
+            size % parallel.tensor == 0,
+            f"parallel.tensor={parallel.tensor} does not divide the {size} {what} of {path}: "
+            f"use a tensor-parallel size that divides {size}",
+        )
+
+
+def _check_layout(config: Config, hf: HFModelConfig) -> None:
+    """The processes against the model's shape, the engine and the batch."""
+    parallel, trainer, engine_tp = config.parallel, config.trainer, engine_tensor(config)
+    check_tensor(parallel, hf, config.model.path)
+    require(
         parallel.tensor % engine_tp == 0,
         f"rollout.tensor={engine_tp} does not divide parallel.tensor={parallel.tensor}: use a divisor, or 0",
     )
-    sizes = {"query heads": hf.num_heads, "key-value heads": hf.num_kv_heads, "MLP width": hf.ffn_hidden_size}
-    for what, size in sizes.items():
-        _require(
-            size % parallel.tensor == 0,
-            f"parallel.tensor={parallel.tensor} does not divide the {size} {what} of {config.model.path}: "
-            f"use a tensor-parallel size that divides {size}",
-        )
-    _require(
+    require(
         not parallel.sequence or parallel.tensor > 1,
         "parallel.sequence=true needs parallel.tensor > 1: set parallel.sequence=false or raise parallel.tensor",
     )
     dp = parallel.world_size // parallel.tensor
-    _require(
+    require(
         trainer.prompts_per_step % (dp * trainer.updates_per_step) == 0,
         f"trainer.prompts_per_step={trainer.prompts_per_step} is not a multiple of data-parallel size x "
         f"trainer.updates_per_step = {dp} x {trainer.updates_per_step}: change one of them",
@@ -377,7 +389,7 @@ def _check_lengths(config: Config, hf: HFModelConfig) -> None:
     if config.data.eval is not None:
         budgets["evaluation.max_new_tokens"] = config.evaluation.max_new_tokens
     for name, new_tokens in budgets.items():
-        _require(
+        require(
             rollout.max_prompt_tokens + new_tokens <= context,
             f"rollout.max_prompt_tokens + {name} = {rollout.max_prompt_tokens} + {new_tokens} is over the "
             f"{context} tokens of {config.model.path}: lower one of them",
@@ -387,10 +399,10 @@ def _check_lengths(config: Config, hf: HFModelConfig) -> None:
 def _check_sources(config: Config) -> None:
     """Files that must be there before anything starts. Hub names are looked up later, on the main process."""
     model = Path(config.model.path)
-    _require(
+    require(
         any(model.glob("*.safetensors")),
         f"model.path={config.model.path!r} has no .safetensors file: point it at a directory with the weights",
     )
     for name, source in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
         if source is not None and source.endswith((".jsonl", ".parquet")):
-            _require(Path(source).is_file(), f"{name}={source!r} does not exist: give the path of a file")
+            require(Path(source).is_file(), f"{name}={source!r} does not exist: give the path of a file")

@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 from nemo.core.config import hydra_runner  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from nemo_ssopd.config import CONF, Config, from_hydra  # noqa: E402
+from nemo_ssopd.config import CONF, Config, ParallelConfig, from_hydra  # noqa: E402
 from nemo_ssopd.data.loading import load_data  # noqa: E402
 
 
@@ -32,7 +32,8 @@ def main(composed: DictConfig) -> None:
         prepare_run_dir(config)
         if not under_launcher():
             load_data(config)  # for its errors: one clear message here, rather than one from every worker
-            become_torchrun(config)
+            command = torchrun(config.parallel, "nemo_ssopd.launch")
+            os.execv(command[0], command)
     except ValueError as error:
         sys.exit(f"error: {error}")
     from nemo_ssopd.train import train  # noqa: PLC0415 -- Megatron-Core and vLLM, which checking a config can do without
@@ -61,13 +62,12 @@ def prepare_run_dir(config: Config) -> None:
         ) from error
 
 
-def become_torchrun(config: Config) -> None:
-    """Replace this process by torchrun with parallel.world_size workers, each of which runs the same command line."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.threads))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    workers = [f"--nproc-per-node={config.parallel.world_size}", "--module", "nemo_ssopd.launch"]
+def torchrun(parallel: ParallelConfig, module: str) -> list[str]:
+    """The command for parallel.world_size workers on this node, each of which runs `module` with our command line."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(parallel.threads))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     sys.stdout.flush()
-    os.execv(sys.executable, [*torchrun, *workers, *sys.argv[1:]])
+    return [*launcher, f"--nproc-per-node={parallel.world_size}", "--module", module, *sys.argv[1:]]
 
 
 if __name__ == "__main__":

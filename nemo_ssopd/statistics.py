@@ -90,6 +90,25 @@ def estimate(scores_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 
     return Estimate(value=float(scores.mean()), low=float(low), high=float(high))
 
 
+def macro_estimate(
+    scores: Sequence[ArrayLike], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """The mean over sets of each set's mean over its problems, as a table's last column has it, with its interval.
+
+    Each resample draws the problems of every set again, within the set: the sets are given, the problems are drawn.
+    """
+    if not scores:
+        raise ValueError("there are no scores: give those of at least one set")
+    generator = np.random.default_rng(seed)
+    tables = [np.asarray(scores_P, dtype=np.float64) for scores_P in scores]
+    means = np.mean(
+        [[table[generator.integers(table.size, size=table.size)].mean() for _ in range(resamples)] for table in tables],
+        axis=0,
+    )
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(value=float(np.mean([table.mean() for table in tables])), low=float(low), high=float(high))
+
+
 def paired_bootstrap(
     a_P: ArrayLike, b_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
@@ -114,14 +133,17 @@ def summarise(
 ) -> dict[str, Estimate]:
     """What an evaluation reports, under its metric keys; n is the number of samples. Truncated means cut at the limit.
 
+    pass@k and maj@k are at n (pass_at_n) and at the powers of two below it (pass_at_1, pass_at_2, ...).
+
     >>> summarise(rewards_PN=..., answers_PN=..., lengths_PN=..., truncated_PN=...)["eval/avg_at_n"]
     Estimate(value=0.62, low=0.53, high=0.70)
     """
     n = _table(rewards_PN).shape[1]
+    ks = {str(2**power): 2**power for power in range(n.bit_length()) if 2**power < n} | {"n": n}
     scores = {
         "eval/avg_at_n": average(rewards_PN),
-        "eval/pass_at_n": pass_at_k(rewards_PN, k=n),
-        "eval/maj_at_n": maj_at_k(rewards_PN, answers_PN, k=n),
+        **{f"eval/pass_at_{name}": pass_at_k(rewards_PN, k=k) for name, k in ks.items()},
+        **{f"eval/maj_at_{name}": maj_at_k(rewards_PN, answers_PN, k=k) for name, k in ks.items()},
         "eval/length_mean": average(lengths_PN),
         "eval/truncated_fraction": average(truncated_PN),
     }

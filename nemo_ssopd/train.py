@@ -28,7 +28,7 @@ from nemo_ssopd.config import Config, engine_tensor
 from nemo_ssopd.data.loading import RunData, load_data
 from nemo_ssopd.data.prompts import PromptOrder
 from nemo_ssopd.data.templates import render_sft, render_teacher
-from nemo_ssopd.evaluate import eval_metrics, evaluate, summary_of, write_samples
+from nemo_ssopd.evaluation.samples import eval_metrics, evaluate, summary_of, write_samples
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.checkpoint import LoopState, load_checkpoint, save_checkpoint
@@ -326,7 +326,7 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
     with timer.stage("eval"):
         if trainer.collector.engine.policy_version != step:  # an SFT run leaves the engine alone until it is asked
             trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=step)
-        samples = evaluate(
+        [samples] = evaluate(
             trainer.collector,
             trainer.data.eval,
             trainer.config.evaluation,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from nemo_ssopd.types import Prompt
 
 FINAL_ANSWER = "####"
 """GSM8K writes a worked solution, this mark, and the answer, all in one field."""
+PROBLEM_FIELDS = ("problem", "question", "prompt", "input")
+ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "ground_truth", "gold", "target")
+"""Looked for in this order, in any case, where the config names no field."""
 
 
 def load_prompts(source: str, data: DataConfig, *, need_solution: bool = False) -> list[Prompt]:
@@ -32,6 +35,12 @@ def load_prompts(source: str, data: DataConfig, *, need_solution: bool = False) 
     rows = _load_rows(source, data)
     if not rows:
         raise ValueError(f"{source}: the dataset is empty; give one with at least one problem")
+    columns = list(rows[0][1])
+    data = replace(
+        data,
+        problem_field=data.problem_field or _usual_field(columns, PROBLEM_FIELDS),
+        answer_field=data.answer_field or _usual_field(columns, ANSWER_FIELDS),
+    )
     prompts = [_to_prompt(row, f"{source}, row {number}", number, data, need_solution) for number, row in rows]
     _check_ids(source, prompts)
     return prompts
@@ -73,7 +82,7 @@ def _load_rows(source: str, data: DataConfig) -> list[tuple[int, Mapping[str, An
         return _read_jsonl(path) if path.suffix == ".jsonl" else list(enumerate(_read_parquet(path), 1))
     if path.exists():
         raise ValueError(f"{source}: only .jsonl and .parquet files are read; convert it to one of these")
-    return list(enumerate(_load_hub(source, data.split), 1))
+    return list(enumerate(_load_hub(source, data.subset, data.split), 1))
 
 
 def _read_jsonl(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
@@ -98,9 +107,9 @@ def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
         raise ValueError(f"{path}: not a readable parquet file ({error}); write it again") from error
 
 
-def _load_hub(name: str, split: str) -> list[Mapping[str, Any]]:
+def _load_hub(name: str, subset: str | None, split: str) -> list[Mapping[str, Any]]:
     try:
-        return list(datasets.load_dataset(name, split=split))
+        return list(datasets.load_dataset(name, subset, split=split))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name}: cannot load split {split!r} from the Hugging Face hub ({error}); correct the name or data.split, "
@@ -108,7 +117,14 @@ def _load_hub(name: str, split: str) -> list[Mapping[str, Any]]:
         ) from error
 
 
+def _usual_field(columns: Sequence[str], usual: Sequence[str]) -> str:
+    """The column with the first of the usual names; without any, that name, which the error of row 1 will give."""
+    found = {column.lower(): column for column in reversed(columns)}
+    return next((found[name] for name in usual if name in found), usual[0])
+
+
 def _to_prompt(row: Mapping[str, Any], place: str, number: int, data: DataConfig, need_solution: bool) -> Prompt:
+    assert data.problem_field and data.answer_field
     problem = _text(row, data.problem_field, place, "data.problem_field")
     answer = _text(row, data.answer_field, place, "data.answer_field")
     worked, mark, final = answer.rpartition(FINAL_ANSWER)

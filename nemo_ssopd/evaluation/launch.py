@@ -1,0 +1,109 @@
+"""The command line of evaluations: compose and check the config, then start the workers of one model after the other.
+
+    python scripts/evaluate.py --config-name eval_math model=PATH data=problems.jsonl
+
+Under torchrun or srun this is one of the workers already, and evaluates one model. Models do not share a process,
+since an engine cannot be shut down without its process groups.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies: a worker must not go on where nobody waits for it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    die_with_parent()  # at once, since the imports take many seconds
+
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from nemo.core.config import hydra_runner  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from nemo_ssopd.evaluation.config import EvalConfig, from_hydra  # noqa: E402
+from nemo_ssopd.evaluation.data import EvalData, load_sets  # noqa: E402
+from nemo_ssopd.evaluation.models import ModelSource, find_model  # noqa: E402
+from nemo_ssopd.evaluation.results import check_folder, check_identity, has_begun, set_folder  # noqa: E402
+from nemo_ssopd.launch import CONF, torchrun, under_launcher  # noqa: E402
+
+
+def main() -> None:
+    """Console entry `nemo-ssopd-evaluate`."""
+    sys.argv = ["resume=true" if argument == "--resume" else argument for argument in sys.argv]
+    run_main()
+
+
+@hydra_runner(config_path=str(CONF / "eval"), config_name="eval_math")
+def run_main(composed: DictConfig) -> None:
+    try:
+        config = from_hydra(composed)
+        check_everything(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if not under_launcher():
+        for name, path in config.models.items():
+            start_workers(config, name, path)
+        return
+    from nemo_ssopd.evaluation.run import run  # noqa: PLC0415 -- Megatron-Core and vLLM, which the checks do without
+    from nemo_ssopd.megatron.checkpoint import CheckpointError  # noqa: PLC0415
+
+    try:
+        run(config)
+    except (ValueError, CheckpointError) as error:
+        traceback.print_exc()
+        sys.exit(f"error: {error}")
+
+
+def check_everything(config: EvalConfig) -> None:
+    """What can be known before an engine starts, in one line: the sets can be read, and nothing is written over."""
+    if under_launcher() and len(config.models) > 1:
+        raise ValueError(
+            f"model names {len(config.models)} models: under torchrun or srun give one at a time, into the same "
+            f"run_dir, or start this command without a launcher"
+        )
+    for name, path in config.models.items():
+        folders = {chosen: set_folder(config, name, chosen) for chosen in config.chosen_sets}
+        for folder in folders.values():
+            check_folder(folder, resume=config.resume)
+        if not under_launcher():
+            source = find_model(path, base=config.base)
+            data = load_sets(config, source.architecture)
+            if any(map(has_begun, folders.values())):
+                check_continues(config, source, data, folders)
+
+
+def check_continues(config: EvalConfig, source: ModelSource, data: EvalData, folders: dict[str, Path]) -> None:
+    """Refuse to continue with another model, other problems or another sampling."""
+    from nemo_ssopd.evaluation.identity import identities  # noqa: PLC0415 -- Megatron-Core: only where it is needed
+
+    for chosen, now in identities(config, source, data).items():
+        if has_begun(folders[chosen]):
+            check_identity(folders[chosen], now)
+
+
+def start_workers(config: EvalConfig, name: str, path: str) -> None:
+    """Evaluate one model, under torchrun. Returns when it is done; otherwise ends this program as torchrun ended."""
+    command = [*torchrun(config.parallel, "nemo_ssopd.evaluation.launch"), f"model={{{name}:'{path}'}}"]
+    process = subprocess.Popen(command, preexec_fn=die_with_parent)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # torchrun got it too
+        code = process.wait()
+    if code != 0:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()

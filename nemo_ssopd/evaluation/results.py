@@ -1,0 +1,127 @@
+"""One model on one set, on disk: what was evaluated, every sample as soon as it is graded, the summary at the end.
+
+run_dir/MODEL/SET/evaluation.json    model, data, sampling: what must be the same to continue
+run_dir/MODEL/SET/samples.jsonl      one line per completion, appended batch by batch
+run_dir/MODEL/SET/summary.json       when it is finished
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_ssopd.config import EvaluationConfig
+from nemo_ssopd.evaluation.config import EvalConfig
+from nemo_ssopd.evaluation.samples import Sample, read_samples, summary_of, to_lines
+from nemo_ssopd.statistics import average
+from nemo_ssopd.types import RenderedPrompt
+
+IDENTITY, SAMPLES, SUMMARY = "evaluation.json", "samples.jsonl", "summary.json"
+# Where the model and the problems are does not matter, if they are the same.
+_FREE = ("model.path", "model.kind", "data.source")
+
+
+def set_folder(config: EvalConfig, model: str, chosen: str) -> Path:
+    """Where the results of a model on a set go."""
+    return Path(config.run_dir) / model / chosen
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse to write into a folder that holds anything, unless to continue."""
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds an evaluation: give another run_dir, or continue it with resume=true")
+
+
+def has_begun(folder: Path) -> bool:
+    return (folder / IDENTITY).exists()
+
+
+def check_identity(folder: Path, now: Mapping[str, Mapping[str, Any]]) -> None:
+    """ValueError where `folder` holds the beginning of another evaluation."""
+    before = json.loads((folder / IDENTITY).read_text())
+    for section, values in now.items():
+        for key, value in values.items():
+            name, old = f"{section}.{key}", before.get(section, {}).get(key)
+            if name not in _FREE and old != value:
+                raise ValueError(
+                    f"{folder} cannot be continued: {name} was {_short(old)} and is {_short(value)} now (from "
+                    f"{before.get(section, {}).get('path' if section == 'model' else 'source', 'the config')}). "
+                    f"Set it back, or give another run_dir"
+                )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."
+
+
+class SetWriter:
+    """The files of one model on one set, on the main process. Another process that writes there is an error.
+
+    `samples` are those on disk, without their texts.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Mapping[str, Any]]) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = folder
+        self._file = (folder / SAMPLES).open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder / SAMPLES} is being written by another process: end that one first") from None
+        if has_begun(folder):
+            check_identity(folder, about)
+        else:
+            _replace(folder / IDENTITY, about)
+        self.samples = [replace(sample, text="") for sample in read_samples(folder / SAMPLES)]
+        _cut_torn_line(folder / SAMPLES)
+
+    @property
+    def is_finished(self) -> bool:
+        return (self._folder / SUMMARY).exists()
+
+    def append(self, samples: Sequence[Sample]) -> None:
+        """On the disk when this returns."""
+        self._file.write(to_lines(samples))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.samples += [replace(sample, text="") for sample in samples]
+
+    def finish(self, prompts: Sequence[RenderedPrompt], evaluation: EvaluationConfig, title: str) -> dict[str, Any]:
+        """Write the summary of all samples."""
+        by_place = {sample.place: sample for sample in self.samples}
+        samples = [by_place[prompt.prompt.id, k] for prompt in prompts for k in range(evaluation.samples)]
+        n = evaluation.samples
+        rewards_PN = [[sample.reward for sample in samples[i : i + n]] for i in range(0, len(samples), n)]
+        summary = {
+            "title": title,
+            "problems": len(prompts),
+            "samples": n,
+            "tokens": sum(sample.tokens for sample in samples),
+            **{key.removeprefix("eval/"): asdict(value) for key, value in summary_of(samples, evaluation).items()},
+            "reasons": dict(Counter(sample.reason for sample in samples).most_common()),
+            "scores": dict(zip([p.prompt.id for p in prompts], average(rewards_PN).tolist(), strict=True)),
+        }
+        _replace(self._folder / SUMMARY, summary)
+        return summary
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """What follows the last newline was not written to its end."""
+    with path.open("rb+") as file:
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)
+
+
+def _replace(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

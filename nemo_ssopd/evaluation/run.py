@@ -1,0 +1,175 @@
+"""One model on every set, on this worker: engine and verifier, batches of problems, files, table.
+
+Every rank runs the same code; the main process alone reads and writes the results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nemo_ssopd.evaluation.config import EvalConfig
+from nemo_ssopd.evaluation.data import EvalData, load_sets
+from nemo_ssopd.evaluation.identity import identities
+from nemo_ssopd.evaluation.merge import as_hugging_face, remove_merged
+from nemo_ssopd.evaluation.models import ModelSource, find_model
+from nemo_ssopd.evaluation.results import SetWriter, set_folder
+from nemo_ssopd.evaluation.samples import Place, Sample, evaluate
+from nemo_ssopd.evaluation.table import write_table
+from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
+from nemo_ssopd.rollout.collect import RolloutCollector
+from nemo_ssopd.rollout.engine import RolloutEngine
+from nemo_ssopd.rollout.verifier import MathVerifier
+from nemo_ssopd.types import RenderedPrompt
+
+
+def run(config: EvalConfig) -> None:
+    """Evaluate the one model of `config` on its sets. Sets that are finished cost nothing."""
+    runtime = initialize(config.parallel, seed=config.evaluation.seed)
+    [(name, path)] = config.models.items()
+    source = find_model(path, base=config.base)
+    data = load_sets(config, source.architecture)
+    writers = open_writers(config, name, source, data) if runtime.is_main else {}
+    open_sets = from_main(runtime, [chosen for chosen, writer in writers.items() if not writer.is_finished])
+    if open_sets:
+        merged = Path(config.run_dir) / name / "hf"
+        folder = as_hugging_face(source, merged, config.parallel, runtime)
+        collector = build_collector(config, str(folder), data, runtime)
+        for chosen in open_sets:
+            evaluate_set(config, chosen, data.sets[chosen], collector, runtime, writers.get(chosen))
+        if runtime.is_main:
+            remove_merged(merged)
+    if runtime.is_main:
+        Console().print(write_table([Path(config.run_dir)], Path(config.run_dir)))
+    if open_sets:
+        collector.close()
+    shutdown()
+
+
+def open_writers(config: EvalConfig, name: str, source: ModelSource, data: EvalData) -> dict[str, SetWriter]:
+    """The files of every set, checked before the engine starts."""
+    writers = {
+        chosen: SetWriter(set_folder(config, name, chosen), about)
+        for chosen, about in identities(config, source, data).items()
+    }
+    OmegaConf.save(OmegaConf.structured(config), Path(config.run_dir) / name / "config.yaml")
+    return writers
+
+
+def from_main(runtime: Runtime, value: Any) -> Any:
+    """The main process's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=runtime.cpu_group)
+    return values[0]
+
+
+def build_collector(config: EvalConfig, folder: str, data: EvalData, runtime: Runtime) -> RolloutCollector:
+    """One engine per tensor-parallel group, and on its first rank the verifier."""
+    engine, verifier = config.engine, None
+    if runtime.tp_rank == 0:
+        verifier = MathVerifier(
+            workers=config.verifier.workers, timeout_s=config.verifier.timeout_s, memory_gb=config.verifier.memory_gb
+        )
+    return RolloutCollector(
+        RolloutEngine(
+            folder,
+            tensor=config.parallel.tensor,
+            dtype=engine.dtype,
+            max_model_len=engine.max_prompt_tokens + config.evaluation.max_new_tokens,
+            max_sequences=engine.max_sequences,
+            gpu_memory_utilization=engine.gpu_memory_utilization,
+            cpu_cache_gib=engine.cpu_cache_gib,
+            seed=config.evaluation.seed,
+            trust_remote_code=engine.trust_remote_code,
+        ),
+        verifier,
+        data.tokenizer,
+        stop_token_ids=data.stop_token_ids,
+        engine_tensor=config.parallel.tensor,
+        group=runtime.tp_cpu_group,
+    )
+
+
+def evaluate_set(
+    config: EvalConfig,
+    chosen: str,
+    prompts: Sequence[RenderedPrompt],
+    collector: RolloutCollector,
+    runtime: Runtime,
+    writer: SetWriter | None,
+) -> None:
+    """Draw what is missing, batch by batch. `writer` is the main process's."""
+    done: set[Place] = from_main(runtime, {sample.place for sample in writer.samples} if writer else None)
+    fill_engines = max(1, config.engine.max_sequences // config.evaluation.samples) * runtime.dp_size
+    batches = evaluate(
+        collector,
+        prompts,
+        config.evaluation,
+        dp_rank=runtime.dp_rank,
+        dp_size=runtime.dp_size,
+        cpu_group=runtime.cpu_group,
+        batch=config.batch or fill_engines,
+        done=done,
+    )
+    if writer is None:
+        for _ in batches:
+            pass
+        return
+    with SetProgress(title_of(config, chosen), len(prompts), config.evaluation.samples, writer.samples) as progress:
+        for batch in batches:
+            writer.append(batch)
+            progress.show(writer.samples, batch)
+    writer.finish(prompts, config.evaluation, title_of(config, chosen))
+    writer.close()
+
+
+def title_of(config: EvalConfig, chosen: str) -> str:
+    return config.chosen_sets[chosen].title or chosen
+
+
+class SetProgress:
+    """Problems done, running Avg@n and tokens per second: a bar on a terminal, a line per batch anywhere else."""
+
+    def __init__(self, title: str, problems: int, samples: int, done: Sequence[Sample]) -> None:
+        self._title, self._problems, self._samples = title, problems, samples
+        self._start, self._tokens = time.perf_counter(), 0
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=problems, figures="")
+        self.show(done, ())
+
+    def __enter__(self) -> SetProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, done: Sequence[Sample], new: Sequence[Sample]) -> None:
+        """`done` are all samples so far, `new` those of the last batch."""
+        self._tokens += sum(sample.tokens for sample in new)
+        problems = len(done) // self._samples
+        figures = "starting"
+        if done:
+            figures = f"Avg@{self._samples} {sum(sample.reward for sample in done) / len(done):.1%}"
+        if self._tokens:
+            figures += f"  {self._tokens / (time.perf_counter() - self._start):,.0f} tokens/s"
+        self._progress.update(self._task, completed=problems, figures=figures)
+        if not self._console.is_terminal:
+            line = f"{self._title}  {problems}/{self._problems} problems  {figures}"
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
