@@ -84,10 +84,16 @@ def estimate(scores_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 
     scores = np.asarray(scores_P, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0:
         raise ValueError(f"scores have shape {scores.shape}: give one number per problem, and at least one problem")
-    generator = np.random.default_rng(seed)
-    means = [scores[generator.integers(scores.size, size=scores.size)].mean() for _ in range(resamples)]
+    means = _resampled_means(scores, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(value=float(scores.mean()), low=float(low), high=float(high))
+
+
+def _resampled_means(scores: Scores, resamples: int, generator: np.random.Generator) -> Scores:
+    """Means of scores.size draws with replacement, made in blocks of bounded memory. Returns [resamples]."""
+    block = max(1, 2**20 // scores.size)
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    return np.concatenate([scores[generator.integers(scores.size, size=(rows, scores.size))].mean(1) for rows in sizes])
 
 
 def macro_estimate(

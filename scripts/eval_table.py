@@ -15,9 +15,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("."), help="folder to write into (this one)")
     arguments = parser.parse_args()
     try:
-        print(write_table(arguments.run_dirs, arguments.output))
+        write_table(arguments.run_dirs, arguments.output)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    print((arguments.output / "table.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -161,6 +163,52 @@ def test_bad_input_is_one_clear_line(overrides: tuple[str, ...], message: str, t
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def evaluate(run_dir: Path, model: Path, *overrides: str) -> list[str]:
+    return [
+        *(sys.executable, "scripts/evaluate.py", "--config-name", "eval_demo", f"model={model}", f"run_dir={run_dir}"),
+        *("evaluation.samples=2", "batch=4", *overrides),
+    ]
+
+
+def test_an_evaluation_that_was_killed_continues_to_what_training_measured(run: Path, tmp_path: Path) -> None:
+    """A run's newest adapters, merged; two data-parallel engines; SIGKILL half way. Against the run's own last step."""
+    samples = tmp_path / "eval" / run.name / "products" / "samples.jsonl"
+    command = evaluate(tmp_path / "eval", run, "parallel.world_size=2")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    workers: list[psutil.Process] = []
+    while process.poll() is None and not (samples.exists() and samples.stat().st_size):
+        time.sleep(0.01)
+        workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(workers, timeout=20)
+    written = samples.read_text()
+    assert 0 < written.count("\n") < 120
+    samples.write_text(written[:-9])  # as if the last line had been torn
+
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert f"{written.count(chr(10)) // 2 - 1}/60 problems" in done.stdout
+    assert samples.read_text() == (run / "eval" / "step_000004.jsonl").read_text()
+    summary = json.loads(samples.with_name("summary.json").read_text())
+    last = metrics(run)[-1]
+    assert summary["avg_at_n"] == {
+        "value": last["eval/avg_at_n"],
+        "low": last["eval/avg_at_n_low"],
+        "high": last["eval/avg_at_n_high"],
+    }
+    assert not (samples.parents[1] / "hf").exists()  # the merged weights were for the engine only
+    assert summary["title"] in (tmp_path / "eval" / "table.md").read_text()
+
+    for overrides, words in (
+        ((), "give another run_dir, or continue it with resume=true"),
+        (("resume=true", "evaluation.top_k=5"), "evaluation.top_k was 0 and is 5 now"),
+    ):
+        refused = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=400)
+        assert refused.returncode == 1 and words in refused.stderr and "Traceback" not in refused.stderr
+    assert samples.read_text() == (run / "eval" / "step_000004.jsonl").read_text()
 
 
 def test_another_run_is_not_written_over(run: Path) -> None:

@@ -7,7 +7,16 @@ import itertools
 import numpy as np
 import pytest
 
-from nemo_ssopd.statistics import Estimate, average, estimate, maj_at_k, paired_bootstrap, pass_at_k, summarise
+from nemo_ssopd.statistics import (
+    Estimate,
+    average,
+    estimate,
+    macro_estimate,
+    maj_at_k,
+    paired_bootstrap,
+    pass_at_k,
+    summarise,
+)
 
 REWARDS = [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]
 
@@ -98,7 +107,9 @@ def test_summary() -> None:
     )
     assert {key: value.value for key, value in summary.items()} == {
         "eval/avg_at_n": 0.25,
+        "eval/pass_at_1": 0.25,
         "eval/pass_at_n": 0.5,
+        "eval/maj_at_1": 0.25,
         "eval/maj_at_n": 0.25,
         "eval/length_mean": 40.0,
         "eval/truncated_fraction": 0.25,
@@ -118,3 +129,22 @@ def test_bad_tables_are_errors() -> None:
         paired_bootstrap([1, 0], [1, 0, 1])
     with pytest.raises(ValueError, match="at least one problem"):
         estimate([])
+
+
+def test_summary_has_every_power_of_two_below_n() -> None:
+    rewards = [[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], [0] * 12]
+    summary = summarise(rewards_PN=rewards, answers_PN=[["7"] * 12] * 2, lengths_PN=rewards, truncated_PN=rewards)
+    ks = {1, 2, 4, 8, 12}
+    assert {key for key in summary if "pass" in key} == {f"eval/pass_at_{k if k < 12 else 'n'}" for k in ks}
+    for k in ks:
+        chance = np.mean([any(subset) for subset in itertools.combinations(rewards[0], k)]) / 2
+        assert summary[f"eval/pass_at_{k if k < 12 else 'n'}"].value == pytest.approx(chance, abs=1e-12)
+
+
+def test_the_macro_average_weighs_sets_alike_and_draws_within_them() -> None:
+    """One set without spread, one of two problems: the mean of their means is one of three values."""
+    result = macro_estimate([[0.5] * 10, [0.0, 1.0]], confidence=0.8)
+    assert (result.value, result.low, result.high) == (0.5, 0.25, 0.75)
+    assert macro_estimate([[0.2, 0.4, 0.9]], seed=3) == estimate([0.2, 0.4, 0.9], seed=3)
+    with pytest.raises(ValueError, match="at least one set"):
+        macro_estimate([])

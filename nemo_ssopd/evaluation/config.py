@@ -70,6 +70,8 @@ class EvalConfig:
     """SET, [SET, ...]: names from `sets`, files, hub datasets or demo:NAME?..."""
     run_dir: str = MISSING
     """Results go to run_dir/MODEL/SET/; the table, over all that run_dir holds, beside them."""
+    only: str | None = None
+    """The NAME of the one model to evaluate; the workers of each model are started with it."""
     resume: bool = False
     """Continue what run_dir holds; finished sets are left as they are."""
     base: str | None = None
@@ -94,9 +96,14 @@ class EvalConfig:
     def models(self) -> dict[str, str]:
         """Name -> path."""
         if isinstance(self.model, Mapping):
-            return {str(name): str(path) for name, path in self.model.items()}
-        paths = [self.model] if isinstance(self.model, str) else self.model
-        return _by_name("model", [(_model_name(str(path)), str(path)) for path in paths])
+            named = {str(name): str(path) for name, path in self.model.items()}
+        else:
+            paths = [self.model] if isinstance(self.model, str) else self.model
+            named = _by_name("model", [(_model_name(str(path)), str(path)) for path in paths])
+        if self.only is None:
+            return named
+        require(self.only in named, f"only={self.only!r} is none of the models {', '.join(named)}: give one of them")
+        return {self.only: named[self.only]}
 
     @property
     def chosen_sets(self) -> dict[str, SetConfig]:

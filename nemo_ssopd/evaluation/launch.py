@@ -52,8 +52,8 @@ def run_main(composed: DictConfig) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if not under_launcher():
-        for name, path in config.models.items():
-            start_workers(config, name, path)
+        for name in config.models:
+            start_workers(config, name)
         return
     from nemo_ssopd.evaluation.run import run  # noqa: PLC0415 -- Megatron-Core and vLLM, which the checks do without
     from nemo_ssopd.megatron.checkpoint import CheckpointError  # noqa: PLC0415
@@ -69,8 +69,8 @@ def check_everything(config: EvalConfig) -> None:
     """What can be known before an engine starts, in one line: the sets can be read, and nothing is written over."""
     if under_launcher() and len(config.models) > 1:
         raise ValueError(
-            f"model names {len(config.models)} models: under torchrun or srun give one at a time, into the same "
-            f"run_dir, or start this command without a launcher"
+            f"model names {len(config.models)} models: under torchrun or srun take one at a time with "
+            f"only=NAME ({', '.join(config.models)}), or start this command without a launcher"
         )
     for name, path in config.models.items():
         folders = {chosen: set_folder(config, name, chosen) for chosen in config.chosen_sets}
@@ -92,9 +92,9 @@ def check_continues(config: EvalConfig, source: ModelSource, data: EvalData, fol
             check_identity(folders[chosen], now)
 
 
-def start_workers(config: EvalConfig, name: str, path: str) -> None:
+def start_workers(config: EvalConfig, name: str) -> None:
     """Evaluate one model, under torchrun. Returns when it is done; otherwise ends this program as torchrun ended."""
-    command = [*torchrun(config.parallel, "nemo_ssopd.evaluation.launch"), f"model={{{name}:'{path}'}}"]
+    command = [*torchrun(config.parallel, "nemo_ssopd.evaluation.launch"), f"only='{name}'"]
     process = subprocess.Popen(command, preexec_fn=die_with_parent)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:

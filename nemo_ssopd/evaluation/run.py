@@ -14,6 +14,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from nemo_ssopd.evaluation.config import EvalConfig
 from nemo_ssopd.evaluation.data import EvalData, load_sets
@@ -22,7 +23,7 @@ from nemo_ssopd.evaluation.merge import as_hugging_face, remove_merged
 from nemo_ssopd.evaluation.models import ModelSource, find_model
 from nemo_ssopd.evaluation.results import SetWriter, set_folder
 from nemo_ssopd.evaluation.samples import Place, Sample, evaluate
-from nemo_ssopd.evaluation.table import write_table
+from nemo_ssopd.evaluation.table import cells, column_headings, write_table
 from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
 from nemo_ssopd.rollout.collect import RolloutCollector
 from nemo_ssopd.rollout.engine import RolloutEngine
@@ -47,7 +48,7 @@ def run(config: EvalConfig) -> None:
         if runtime.is_main:
             remove_merged(merged)
     if runtime.is_main:
-        Console().print(write_table([Path(config.run_dir)], Path(config.run_dir)))
+        print_table(Path(config.run_dir))
     if open_sets:
         collector.close()
     shutdown()
@@ -128,6 +129,20 @@ def evaluate_set(
             progress.show(writer.samples, batch)
     writer.finish(prompts, config.evaluation, title_of(config, chosen))
     writer.close()
+
+
+def print_table(run_dir: Path) -> None:
+    """Everything that run_dir holds, and where it is written."""
+    rows, titles = write_table([run_dir], run_dir)
+    table = Table(title="Avg@n in percent, 95 % interval", header_style="bold")
+    for heading in ("", *column_headings(titles)):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(row.model, *cells(row, titles))
+    console = Console()
+    console.print(table)
+    for name in ("table.md", "table.json", "table.png"):
+        console.print(f"{name:>10}  {run_dir / name}", highlight=False, soft_wrap=True)
 
 
 def title_of(config: EvalConfig, chosen: str) -> str:

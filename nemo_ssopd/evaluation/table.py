@@ -50,24 +50,32 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     return [Row(model, sets) for model, sets in rows.items()]
 
 
-def write_table(folders: Sequence[Path], output: Path) -> str:
-    """Write table.md, table.json and table.png; returns the markdown."""
+def write_table(folders: Sequence[Path], output: Path) -> tuple[list[Row], list[str]]:
+    """Write table.md, table.json and table.png of all that is finished; returns the rows and the sets' titles."""
     rows = read_rows(folders)
     titles = list(dict.fromkeys(title for row in rows for title in row.sets))
     output.mkdir(parents=True, exist_ok=True)
-    text = markdown(rows, titles)
-    (output / "table.md").write_text(text, encoding="utf-8")
+    (output / "table.md").write_text(markdown(rows, titles), encoding="utf-8")
     (output / "table.json").write_text(json.dumps(as_json(rows, titles), indent=2) + "\n")
     draw(rows, titles).savefig(output / "table.png")
-    return text
+    return rows, titles
+
+
+def column_headings(titles: Sequence[str]) -> list[str]:
+    return [*titles, AVERAGE] if len(titles) > 1 else list(titles)
+
+
+def cells(row: Row, titles: Sequence[str]) -> list[str]:
+    """A row's estimates with their intervals, in percent."""
+    return [_interval(estimate) if estimate else "-" for estimate in _estimates(row, titles)]
 
 
 def markdown(rows: Sequence[Row], titles: Sequence[str]) -> str:
     """Avg@n as in the paper; the same with intervals; every other figure."""
     n = " or ".join(str(size) for size in sorted({s["samples"] for row in rows for s in row.sets.values()}))
-    columns = [*titles, AVERAGE] if len(titles) > 1 else list(titles)
+    columns = column_headings(titles)
     plain = [[row.model, *(f"{100 * e.value:.1f}" if e else "-" for e in _estimates(row, titles))] for row in rows]
-    spread = [[row.model, *(_interval(e) if e else "-" for e in _estimates(row, titles))] for row in rows]
+    spread = [[row.model, *cells(row, titles)] for row in rows]
     parts = [f"# Avg@{n}, in percent", _grid(["", *columns], plain)]
     parts += ["95 % bootstrap intervals over problems:", _grid(["", *columns], spread)]
     if len(rows) > 1 and (differences := _differences(rows, titles)):
@@ -96,7 +104,7 @@ def as_json(rows: Sequence[Row], titles: Sequence[str]) -> dict[str, Any]:
 
 def draw(rows: Sequence[Row], titles: Sequence[str]) -> Figure:
     """Bars of Avg@n with their intervals, grouped by set."""
-    columns = [*titles, AVERAGE] if len(titles) > 1 else list(titles)
+    columns = column_headings(titles)
     figure = Figure(figsize=(max(5.0, 1.2 + 1.6 * len(columns)), 3.6), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(rows)

@@ -88,7 +88,9 @@ def _closing_brace(text: str) -> int | None:
 # ------------------------------------------------------------------------------------------------ canonical form
 
 _CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi "}
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2"}
+    | {"³": "^3", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∅": r"\emptyset "}
+    | dict.fromkeys("£€¥", "")
     | dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f\u3000", " ")
 )
 _REWRITES = [
@@ -97,6 +99,11 @@ _REWRITES = [
         (r"\\(?:left|right)(?![a-zA-Z.])", ""),
         (r"\\(?:displaystyle|textstyle)(?![a-zA-Z])|\\?\$", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"\\degree(?![a-zA-Z])", r"^\\circ "),
+        (r"\\colon(?![a-zA-Z])|\\text\{:\}", ":"),
+        (r"√\s*(?:([0-9]+|[a-zA-Z])|\(([^()]*)\))", r"\\sqrt{\1\2}"),
+        (r"(?<=[0-9])\s*(?:\\ )?dollars?\s*$", ""),
         (r"\\(?:mathrm|text|rm)\s*\{\s*(e|i)\s*\}", r"\1"),
         (r"(?<=[0-9])(?:,\s*\\!|\{,\}|\\[,;: ])\s*(?=[0-9]{3}(?![0-9]))", ""),  # 10,\!080 and 10{,}080 and 2\,304
         (r"\\!", ""),
@@ -111,6 +118,7 @@ _SPACES = re.compile(r"\s*,\s*|(?<![0-9a-zA-Z\\\s])\s+|\s+(?![0-9a-zA-Z\s])", re
 _GROUPED_NUMBER = re.compile(r"[-+]?[0-9]{1,3}([, ])[0-9]{3}(?:\1[0-9]{3})*(?:\.[0-9]+)?")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,512}")
 _IN_BASE = re.compile(r"[0-9a-zA-Z]+_(?:[0-9]|\{[0-9]+\})")
+_ORDERED = re.compile(r"\((.*)\)")
 _NOT_A_VALUE = re.compile(r"[,;=<>]|\\(?:mp|text|in|le|ge|or|and)")
 
 
@@ -133,6 +141,39 @@ def canonical(side: str) -> str:
         before, after = text.split(r"\pm")
         return rf"\{{{before}+{after.lstrip()}, {before}-{after.lstrip()}\}}"
     return text
+
+
+def aligned(answer: str, gold: str) -> tuple[str, str]:
+    """Two canonical sides; where one is a tuple and the other a bare list, both are tuples.
+
+    math-verify takes a bare list for a set, and a set for equal to a tuple in any order.
+
+    >>> aligned("(-2, 1)", "1, -2"), aligned("2, 1", "1, 2")
+    (('(-2, 1)', '(1, -2)'), ('2, 1', '1, 2'))
+    """
+    if _is_tuple(answer) and _is_bare_list(gold):
+        return answer, f"({gold})"
+    if _is_tuple(gold) and _is_bare_list(answer):
+        return f"({answer})", gold
+    return answer, gold
+
+
+def _is_tuple(side: str) -> bool:
+    match = _ORDERED.fullmatch(side)
+    return match is not None and _is_bare_list(match[1])
+
+
+def _is_bare_list(side: str) -> bool:
+    """Values separated by commas that stand in no bracket."""
+    if "," not in side or _NOT_A_VALUE.search(side.replace(",", "")):
+        return False
+    depth, commas = 0, 0
+    for character in side:
+        depth += (character in "([{") - (character in ")]}")
+        commas += character == "," and depth == 0
+        if depth < 0:
+            return False
+    return commas > 0 and depth == 0
 
 
 # ------------------------------------------------------------------------------------------------ decision

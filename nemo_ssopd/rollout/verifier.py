@@ -75,7 +75,7 @@ class MathVerifier:
         extracted = [grading.last_box(completion) for completion in completions]
         canonical_golds = {gold: grading.canonical(gold_text(gold)) for gold in set(golds)}
         sides = [
-            (grading.canonical(answer), canonical_golds[gold])
+            grading.aligned(grading.canonical(answer), canonical_golds[gold])
             for (answer, _), gold in zip(extracted, golds, strict=True)
             if answer is not None
         ]

@@ -1,6 +1,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -83,7 +84,7 @@ GOOD = {"problem": "p", "answer": "1"}
         ([{"problem": "p", "answer": ["1"]}], "row 1: field 'answer' is a list; write it as text"),
         ([{"problem": "p", "answer": True}], "row 1: field 'answer' is a bool; write it as text"),
         ([{"problem": "p", "answer": "so #### "}], "row 1: field 'answer' has nothing behind ####"),
-        ([{"question": "p", "answer": "1"}], "set data.problem_field to the field that holds it"),
+        ([{"riddle": "p", "answer": "1"}], "set data.problem_field to the field that holds it"),
         ([GOOD | {"id": "x"}, GOOD, GOOD | {"id": "x"}], "problems 1 and 3 share the id 'x'; make the ids unique"),
         ([GOOD, "{'problem': 1}\n"], "row 2: not JSON"),
         ([GOOD, "\n", "[1]\n"], "row 3: a list, not an object"),
@@ -93,6 +94,15 @@ def test_bad_rows_are_errors_that_say_where_and_what_to_do(tmp_path, rows, compl
     path = write_jsonl(tmp_path / "bad.jsonl", *rows)
     with pytest.raises(ValueError, match=re.escape(path) + ".*" + re.escape(complaint)):
         load_prompts(path, DATA)
+
+
+def test_usual_field_names_are_found_and_others_named(tmp_path):
+    rows = [{"ID": 1, "Question": "p", "final_answer": 3, "solution": "s"}]
+    path = write_jsonl(tmp_path / "a.jsonl", *rows)
+    assert load_prompts(path, DATA) == [Prompt("row-1", "p", "3", "s")]
+    path = write_jsonl(tmp_path / "b.jsonl", {"problem": "no", "riddle": "p", "answer": "no", "key": "1"})
+    assert load_prompts(path, replace(DATA, problem_field="riddle", answer_field="key")) == [Prompt("row-1", "p", "1")]
+    assert load_prompts(path, DATA) == [Prompt("row-1", "no", "no")]
 
 
 def test_a_missing_solution_matters_only_when_it_is_needed(tmp_path):
