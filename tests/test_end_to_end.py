@@ -202,12 +202,9 @@ def test_an_evaluation_that_was_killed_continues_to_what_training_measured(run: 
     assert not (samples.parents[1] / "hf").exists()  # the merged weights were for the engine only
     assert summary["title"] in (tmp_path / "eval" / "table.md").read_text()
 
-    for overrides, words in (
-        ((), "give another run_dir, or continue it with resume=true"),
-        (("resume=true", "evaluation.top_k=5"), "evaluation.top_k was 0 and is 5 now"),
-    ):
-        refused = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=400)
-        assert refused.returncode == 1 and words in refused.stderr and "Traceback" not in refused.stderr
+    refused = subprocess.run([*command, "--resume", "evaluation.top_k=5"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "evaluation.top_k was 0 and is 5 now" in refused.stderr
     assert samples.read_text() == (run / "eval" / "step_000004.jsonl").read_text()
 
 

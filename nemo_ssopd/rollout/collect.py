@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from nemo_ssopd.rollout.engine import RolloutEngine
 from nemo_ssopd.rollout.verifier import MathVerifier, Verdict
 from nemo_ssopd.types import Completion
+
+if TYPE_CHECKING:  # vLLM takes many seconds to import; what reads samples needs none of it
+    from nemo_ssopd.rollout.engine import RolloutEngine
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nemo_ssopd.rollout.grading import MAX_BOX_CHARS, _Child, canonical, decide, last_box
+from nemo_ssopd.rollout.grading import MAX_BOX_CHARS, _Child, aligned, canonical, decide, last_box
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,15 @@ def test_extraction_is_fast_on_ten_million_characters(filler: str) -> None:
         (r"\mathrm{e}", "e"),
         ("x^{2}", "x^2"),
         ("2 x + 3", "2 x+3"),
+        ("90°", r"90^\circ"),
+        (r"90\degree", r"90^\circ"),
+        ("√2", r"\sqrt{2}"),
+        ("2√(x+1)", r"2\sqrt{x+1}"),
+        ("x² ≤ ∞", r"x^2\le\infty"),
+        (r"\varnothing", r"\emptyset"),
+        (r"3\colon 4", "3:4"),
+        ("£5", "5"),
+        ("5 dollars", "5"),
         (r"2\pi r", r"2\pi r"),
         (r"\text{Evelyn and Bob}", r"\text{Evelyn and Bob}"),
         (r"\frac{-1\pm\sqrt{17}}{2}", r"\{\frac{-1+\sqrt{17}}{2}, \frac{-1-\sqrt{17}}{2}\}"),
@@ -88,6 +97,27 @@ def test_extraction_is_fast_on_ten_million_characters(filler: str) -> None:
 def test_canonical(side: str, expected: str) -> None:
     assert canonical(side) == expected
     assert canonical(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        ("(-2, 1)", "1, -2", ("(-2, 1)", "(1, -2)")),
+        ("1, -2", "(-2, 1)", ("(1, -2)", "(-2, 1)")),
+        ("2, 1", "1, 2", None),  # two sets
+        ("(2, 1)", "(1, 2)", None),
+        ("[2, 1)", "1, 2", None),  # an interval
+        ("(1, 2), (3, 4)", "(3, 4), (1, 2)", None),  # sets of pairs
+        ("a=1, b=2", "(1, 2)", None),
+        (r"f(1, 2)", "1, 2", None),
+        ("(3)", "1, 2", None),
+        ("1, 2)", "(1, 2)", None),
+    ],
+)
+def test_a_bare_list_is_ordered_where_the_other_side_is(
+    answer: str, gold: str, expected: tuple[str, str] | None
+) -> None:
+    assert aligned(answer, gold) == (expected or (answer, gold))
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,15 @@ def test_no_gold_verifies_against_another(verifier: MathVerifier, golds: dict[st
         ("2x+1", "1+2x", 1.0),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}\frac{2}{2}\\2\end{pmatrix}", 1.0),
         (r"\text{Evelyn}", r"\text{Carla}", 0.0),
+        ("(-2,1)", "1,-2", 0.0),  # math-verify compares a tuple with a set, in any order
+        ("1,-2", "(-2,1)", 0.0),
+        ("1,-2", "(1,-2)", 1.0),
+        ("-2,1", "1,-2", 1.0),
+        ("90°", r"90^\circ", 1.0),
+        ("3√2", r"\sqrt{18}", 1.0),
+        (r"x² + 1", "1+x^{2}", 1.0),
+        (r"3\frac{1}{2}", "3.5", 1.0),
+        (r"(-\infty, 3]", r"(-\infty,3)", 0.0),
         ("4", r"\boxed{4}", 1.0),  # some datasets leave the gold in its box
     ],
 )
