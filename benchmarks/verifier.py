@@ -3,7 +3,8 @@
 The batch is what training produces: groups of completions to one gold, a third right, a third another problem's answer,
 a third a wrong expression that only sympy can tell; 1 % of the answers are hostile. The sequential baseline is
 math-verify as its README calls it, `verify(parse(gold), parse(completion))` with its own timeouts, in one process, over
-a random sample of the same batch: all of it would take too long. Rewrites its section of docs/benchmarks.md.
+a random sample of the same batch: all of it would take too long. Agreement is measured on every gold answer: against
+itself, and against other golds of its set, by string code and by sympy. Rewrites its section of docs/benchmarks.md.
 """
 
 import argparse
@@ -99,6 +100,35 @@ def run_sequential(completions: list[str], golds: list[str], sample: int) -> lis
     return json.loads(done.stdout)
 
 
+def agreement(workers: int, shuffles: int) -> str:
+    """Rows of a table: per set, how golds verify against themselves and against others; then the hostile answers."""
+    sets = json.loads((DATA / "verifier_golds.json").read_text())
+    hostile = [json.loads(line) for line in (DATA / "verifier_hostile.jsonl").read_text().splitlines()]
+    lines = []
+    with MathVerifier(workers=workers) as verifier:
+        for name, golds in sets.items():
+            own = verifier.grade([rf"So $\boxed{{{gold}}}$." for gold in golds], golds)
+            unusable = verifier.check_golds(golds)
+            wrong = accepted = 0
+            for seed in range(shuffles):
+                others = random.Random(seed).sample(golds, len(golds))
+                pairs = [(other, gold) for other, gold in zip(others, golds, strict=True) if other != gold]
+                verdicts = verifier.grade([rf"So $\boxed{{{other}}}$." for other, _ in pairs], [g for _, g in pairs])
+                wrong, accepted = wrong + len(pairs), accepted + sum(verdict.reward == 1 for verdict in verdicts)
+            right = sum(verdict.reward == 1 for verdict in own)
+            lines.append(f"| {name} | {len(golds)} | {right} | {len(golds) - len(unusable)} | {accepted} of {wrong} |")
+        slowest, as_expected = 0.0, 0
+        for row in hostile:
+            started = time.monotonic()
+            [verdict] = verifier.grade([row["completion"]], [row["gold"]])
+            slowest = max(slowest, time.monotonic() - started)
+            refused = row["may_refuse"] and verdict.reward == 0
+            as_expected += refused or (verdict.reward == 1) == row["expected"]
+    return "\n".join(
+        [*lines, "", f"Hostile answers: {as_expected} of {len(hostile)} as expected, slowest {slowest:.1f} s."]
+    )
+
+
 def write_section(text: str) -> None:
     page = ROOT / "docs" / "benchmarks.md"
     old = page.read_text() if page.exists() else "# Benchmarks\n"
@@ -113,6 +143,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sequential", type=int, default=300, help="answers given to the sequential baseline")
+    parser.add_argument("--shuffles", type=int, default=12, help="other golds that each gold is compared with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
@@ -134,6 +165,10 @@ completions, {HOSTILE_SHARE:.0%} hostile, {os.cpu_count()} CPU cores, load avera
 
 Reasons: {", ".join(f"{reason} {count}" for reason, count in reasons.most_common())}.
 After each tenth (answers graded: processes below the trainer, their proportional memory): {"; ".join(log)}.
+
+| distinct golds of | golds | right in a box | equal to themselves for sympy | other golds accepted |
+|---|---|---|---|---|
+{agreement(arguments.workers, arguments.shuffles)}
 """
     print(text)
     if not arguments.no_write:

@@ -45,7 +45,7 @@ def _rendered(
     try:
         prompts = load_prompts(chosen.source, data)
     except ValueError as error:
-        message = re.sub(r"\bdata\.(problem_field|answer_field)\b", r"\1", str(error))
+        message = re.sub(r"\bdata\.(problem_field|answer_field|split)\b", r"\1", str(error))
         raise ValueError(f"data: {message}{_offline_hint(name, chosen, config)}") from error
     rendered = tuple(RenderedPrompt(prompt, render_student(tokenizer, prompt, data)) for prompt in prompts)
     too_long = [prompt.prompt.id for prompt in rendered if len(prompt.tokens) > limit]

@@ -118,7 +118,6 @@ _SPACES = re.compile(r"\s*,\s*|(?<![0-9a-zA-Z\\\s])\s+|\s+(?![0-9a-zA-Z\s])", re
 _GROUPED_NUMBER = re.compile(r"[-+]?[0-9]{1,3}([, ])[0-9]{3}(?:\1[0-9]{3})*(?:\.[0-9]+)?")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,512}")
 _IN_BASE = re.compile(r"[0-9a-zA-Z]+_(?:[0-9]|\{[0-9]+\})")
-_ORDERED = re.compile(r"\((.*)\)")
 _NOT_A_VALUE = re.compile(r"[,;=<>]|\\(?:mp|text|in|le|ge|or|and)")
 
 
@@ -144,23 +143,25 @@ def canonical(side: str) -> str:
 
 
 def aligned(answer: str, gold: str) -> tuple[str, str]:
-    """Two canonical sides; where one is a tuple and the other a bare list, both are tuples.
+    r"""Two canonical sides; where one is a tuple and the other a list or a set, both are tuples.
 
     math-verify takes a bare list for a set, and a set for equal to a tuple in any order.
 
-    >>> aligned("(-2, 1)", "1, -2"), aligned("2, 1", "1, 2")
-    (('(-2, 1)', '(1, -2)'), ('2, 1', '1, 2'))
+    >>> aligned("(-2, 1)", "1, -2"), aligned("2, 1", r"\{1, 2\}")
+    (('(-2, 1)', '(1, -2)'), ('2, 1', '\\{1, 2\\}'))
     """
-    if _is_tuple(answer) and _is_bare_list(gold):
-        return answer, f"({gold})"
-    if _is_tuple(gold) and _is_bare_list(answer):
-        return f"({answer})", gold
-    return answer, gold
+    if _is_tuple(answer):
+        return answer, _as_tuple(gold)
+    return (_as_tuple(answer), gold) if _is_tuple(gold) else (answer, gold)
 
 
 def _is_tuple(side: str) -> bool:
-    match = _ORDERED.fullmatch(side)
-    return match is not None and _is_bare_list(match[1])
+    return side.startswith("(") and side.endswith(")") and _is_bare_list(side[1:-1])
+
+
+def _as_tuple(side: str) -> str:
+    inside = side[2:-2] if side.startswith(r"\{") and side.endswith(r"\}") else side
+    return f"({inside})" if _is_bare_list(inside) else side
 
 
 def _is_bare_list(side: str) -> bool:
@@ -207,6 +208,7 @@ def _operators(side: str) -> set[str]:
 
 _DIGIT_RUN = re.compile(rf"[0-9]{{{MAX_DIGIT_RUN + 1},}}")
 _HUGE_EXPONENT = re.compile(r"(?:\^[\s{(]*[-+]?[\s{(]*|[0-9]\s*[eE]\s*[-+]?)[0-9]{5,}")
+_TOWER = re.compile(r"\^[\s{(]*([0-9]{1,79})[\s})]*\^[\s{(]*([0-9]{1,79})")
 _HUGE_FACTORIAL = re.compile(r"[0-9]{4,}[\s)}\]]*!|![\s)}\]]*!")
 _HUGE_BINOMIAL = re.compile(r"\\[dt]?binom\s*(?:\{[^{}]*\})?\s*\{?[^{}]*[0-9]{4,}")
 
@@ -220,11 +222,17 @@ def is_dangerous(side: str) -> bool:
         or _power_nesting(side) > MAX_POWER_NESTING
         or bool(_DIGIT_RUN.search(side))
         or bool(_HUGE_EXPONENT.search(side))
+        or any(_has_five_digits(int(base), int(power)) for base, power in _TOWER.findall(side))
         or bool(_HUGE_FACTORIAL.search(side))
         or bool(_HUGE_BINOMIAL.search(side))
         or factorials > MAX_FACTORIALS
         or (factorials > 0 and _power_nesting(side) > 1)
     )
+
+
+def _has_five_digits(base: int, power: int) -> bool:
+    """Whether base^power, an exponent itself, is 10 000 or more."""
+    return base > 1 and (power >= 14 or base**power >= 10_000)
 
 
 def _nesting(side: str) -> int:

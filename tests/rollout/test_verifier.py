@@ -90,6 +90,8 @@ def test_no_gold_verifies_against_another(verifier: MathVerifier, golds: dict[st
         ("(-2,1)", "1,-2", 0.0),  # math-verify compares a tuple with a set, in any order
         ("1,-2", "(-2,1)", 0.0),
         ("1,-2", "(1,-2)", 1.0),
+        (r"\{-2,1\}", "(1,-2)", 0.0),
+        (r"\{-2,1\}", "1,-2", 1.0),
         ("-2,1", "1,-2", 1.0),
         ("90°", r"90^\circ", 1.0),
         ("3√2", r"\sqrt{18}", 1.0),
