@@ -54,12 +54,15 @@ def prepare_run_dir(config: Config) -> None:
         raise ValueError(
             f"run_dir={config.run_dir!r} holds a run: give another run_dir, or continue it with trainer.resume=true"
         )
+    make_run_dir(config.run_dir)
+
+
+def make_run_dir(run_dir: str) -> None:
+    """The folder, for its owner's eyes only."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        Path(run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise ValueError(
-            f"run_dir={config.run_dir!r} cannot be made ({error.strerror}): give a folder to write to"
-        ) from error
+        raise ValueError(f"run_dir={run_dir!r} cannot be made ({error.strerror}): give a folder to write to") from error
 
 
 def torchrun(parallel: ParallelConfig, module: str) -> list[str]:

@@ -199,7 +199,7 @@ def test_an_evaluation_that_was_killed_continues_to_what_training_measured(run: 
         "low": last["eval/avg_at_n_low"],
         "high": last["eval/avg_at_n_high"],
     }
-    assert not (samples.parents[1] / "hf").exists()  # the merged weights were for the engine only
+    assert not (samples.parents[1] / ".hf").exists()  # the merged weights were for the engine only
     assert summary["title"] in (tmp_path / "eval" / "table.md").read_text()
 
     refused = subprocess.run([*command, "--resume", "evaluation.top_k=5"], cwd=ROOT, capture_output=True, text=True)

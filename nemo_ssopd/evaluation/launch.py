@@ -35,7 +35,7 @@ from nemo_ssopd.evaluation.config import EvalConfig, from_hydra  # noqa: E402
 from nemo_ssopd.evaluation.data import EvalData, load_sets  # noqa: E402
 from nemo_ssopd.evaluation.models import ModelSource, find_model  # noqa: E402
 from nemo_ssopd.evaluation.results import check_folder, check_identity, has_begun, set_folder  # noqa: E402
-from nemo_ssopd.launch import CONF, torchrun, under_launcher  # noqa: E402
+from nemo_ssopd.launch import CONF, make_run_dir, torchrun, under_launcher  # noqa: E402
 
 
 def main() -> None:
@@ -81,6 +81,7 @@ def check_everything(config: EvalConfig) -> None:
             data = load_sets(config, source.architecture)
             if any(map(has_begun, folders.values())):
                 check_continues(config, source, data, folders)
+    make_run_dir(config.run_dir)
 
 
 def check_continues(config: EvalConfig, source: ModelSource, data: EvalData, folders: dict[str, Path]) -> None:

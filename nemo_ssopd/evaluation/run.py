@@ -30,6 +30,8 @@ from nemo_ssopd.rollout.engine import RolloutEngine
 from nemo_ssopd.rollout.verifier import MathVerifier
 from nemo_ssopd.types import RenderedPrompt
 
+MERGED = ".hf"  # in the model's folder, where the other folders are sets
+
 
 def run(config: EvalConfig) -> None:
     """Evaluate the one model of `config` on its sets. Sets that are finished cost nothing."""
@@ -40,7 +42,7 @@ def run(config: EvalConfig) -> None:
     writers = open_writers(config, name, source, data) if runtime.is_main else {}
     open_sets = from_main(runtime, [chosen for chosen, writer in writers.items() if not writer.is_finished])
     if open_sets:
-        merged = Path(config.run_dir) / name / "hf"
+        merged = Path(config.run_dir) / name / MERGED
         folder = as_hugging_face(source, merged, config.parallel, runtime)
         collector = build_collector(config, str(folder), data, runtime)
         for chosen in open_sets:
