@@ -1,4 +1,4 @@
-"""From adapters and checkpoints to the Hugging Face directory that the engine starts from, one tensor at a time."""
+"""From adapters and checkpoints to the Hugging Face directory that the engine starts from, never all in memory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from nemo_ssopd.config import ParallelConfig
 from nemo_ssopd.evaluation.models import ModelSource
 from nemo_ssopd.hf_config import read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.checkpoint import load_policy
-from nemo_ssopd.megatron.export import export_hf
+from nemo_ssopd.megatron.export import COPIED, export_hf
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import hf_weights
 
@@ -33,17 +32,18 @@ _PLAIN = {"fan_in_fan_out": False, "use_dora": False, "bias": "none", "rank_patt
 
 
 def as_hugging_face(source: ModelSource, output: Path, parallel: ParallelConfig, runtime: Runtime) -> Path:
-    """The directory itself, or `output` with the merged weights, made where it is not there yet. All ranks call it.
+    """The directory itself, or `output` with the merged weights, made anew. All ranks call it.
 
     No weight stays in memory: the engine, which comes next, holds the only copy.
     """
     if source.kind == "hf":
         return Path(source.path)
-    if not output.exists():
-        _export(source, output, parallel, runtime)
-        gc.collect()
-        if runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
+    if runtime.is_main:
+        remove_merged(output)  # an interrupted call may have left another model's
+    _export(source, output, parallel, runtime)
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
     dist.barrier(group=runtime.cpu_group)
     return output
 
@@ -54,13 +54,12 @@ def remove_merged(folder: Path) -> None:
 
 
 def _export(source: ModelSource, output: Path, parallel: ParallelConfig, runtime: Runtime) -> None:
-    weights: Iterable[tuple[str, torch.Tensor]]
     if source.kind == "checkpoint":
         model = load_policy(Path(source.path), runtime, parallel, base=source.base)
         weights = hf_weights(model, read_hf_config(source.architecture), runtime)
-    else:
-        weights = merged_adapter(source) if runtime.is_main else ()
-    export_hf(cast(MegatronGRPOActor, _Exported(runtime, weights)), source.architecture, output)
+        export_hf(cast(MegatronGRPOActor, _Exported(runtime, weights)), source.architecture, output)
+    elif runtime.is_main:
+        write_merged_adapter(source, output)
 
 
 @dataclass(frozen=True)
@@ -74,41 +73,49 @@ class _Exported:
         return self.tensors
 
 
-def merged_adapter(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the base model, with W + scale B A where a PEFT LoRA adapter has one; in float32, then cast.
+def write_merged_adapter(source: ModelSource, output: Path) -> None:
+    """The base model's directory, file by file, with W + scale B A where a PEFT LoRA adapter has one.
 
-    ValueError for an adapter that adds anything else, or to tensors that the base model has not.
+    Written whole or not at all. The sum is taken in float32, then cast. ValueError for an adapter that adds anything else, or to tensors that the
+    base model has not.
     """
     assert source.base is not None
-    folder = Path(source.path)
+    scale, pairs = _lora_scale(Path(source.path)), _lora_pairs(Path(source.path))
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in sorted(Path(source.base).iterdir()):
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            for name in tensors.keys() & pairs.keys():
+                pair = pairs.pop(name)
+                whole = tensors[name].float() + scale * pair["B"].float() @ pair["A"].float()
+                tensors[name] = whole.to(tensors[name].dtype)
+            save_file(tensors, temporary / file.name, metadata={"format": "pt"})
+        elif any(file.match(pattern) for pattern in COPIED):
+            shutil.copyfile(file, temporary / file.name)
+    if pairs:
+        raise ValueError(
+            f"model: {source.path} adapts {', '.join(sorted(pairs)[:3])}, which {source.base} has not: give the model "
+            f"that the adapter was trained on as base=PATH"
+        )
+    temporary.rename(output)
+
+
+def _lora_scale(folder: Path) -> float:
     options = json.loads((folder / "adapter_config.json").read_text())
     special = {name: options[name] for name, plain in _PLAIN.items() if options.get(name, plain) not in (plain, None)}
     if options.get("peft_type") != "LORA" or special:
         raise ValueError(
-            f"model: {folder} is not a plain LoRA adapter ({special or options.get('peft_type')}): merge "
-            f"it with PEFT's merge_and_unload, and give the merged directory"
+            f"model: {folder} is not a plain LoRA adapter ({special or options.get('peft_type')}): merge it with "
+            f"PEFT's merge_and_unload, and give the merged directory"
         )
     rank = options["r"]
-    scale = options["lora_alpha"] / (math.sqrt(rank) if options.get("use_rslora") else rank)
-    pairs = _lora_pairs(folder)
-    with ExitStack() as stack:
-        for file in sorted(Path(source.base).glob("*.safetensors")):
-            tensors = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-            for name in tensors.keys():
-                tensor = tensors.get_tensor(name)
-                pair = pairs.pop(name.removesuffix(".weight"), None)
-                if pair is not None:
-                    tensor = (tensor.float() + scale * pair["B"].float() @ pair["A"].float()).to(tensor.dtype)
-                yield name, tensor
-    if pairs:
-        raise ValueError(
-            f"model: {folder} adapts {', '.join(sorted(pairs)[:3])}, which {source.base} has not: give the model that "
-            f"the adapter was trained on as base=PATH"
-        )
+    return float(options["lora_alpha"] / (math.sqrt(rank) if options.get("use_rslora") else rank))
 
 
 def _lora_pairs(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Module name -> its matrices A and B."""
+    """Name of the adapted weight -> its matrices A and B."""
     file = folder / "adapter_model.safetensors"
     try:
         tensors = load_file(file)
@@ -122,5 +129,5 @@ def _lora_pairs(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
                 f"model: {file} holds {name}, which is not a LoRA matrix: merge it with PEFT's merge_and_unload, and "
                 f"give the merged directory"
             )
-        pairs.setdefault(match[1], {})[match[2]] = tensor
+        pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor
     return pairs

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nemo_ssopd.evaluation.merge import merged_adapter
+from nemo_ssopd.evaluation.merge import write_merged_adapter
 from nemo_ssopd.evaluation.models import ModelSource, find_model
 
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "demo_model"
@@ -43,7 +43,9 @@ def checkpoint(folder: Path, *, lora: bool) -> Path:
 def test_an_adapter_is_merged_as_peft_merges_it(rslora: bool, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", use_rslora=rslora)
     source = find_model(str(folder), base=str(DEMO_MODEL))
-    merged = dict(merged_adapter(source))
+    write_merged_adapter(source, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert (tmp_path / "merged" / "chat_template.jinja").is_file() and not (tmp_path / "merged.tmp").exists()
     reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), folder).merge_and_unload()
     reference.save_pretrained(tmp_path / "reference")
     expected, base = (
@@ -63,19 +65,20 @@ def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path: Path) -> None:
     for change in ({"use_dora": True}, {"rank_pattern": {"q_proj": 8}}, {"peft_type": "IA3"}):
         (folder / "adapter_config.json").write_text(json.dumps(options | change))
         with pytest.raises(ValueError, match="is not a plain LoRA adapter .*merge_and_unload"):
-            list(merged_adapter(source))
+            write_merged_adapter(source, tmp_path / "merged")
     (folder / "adapter_config.json").write_text(json.dumps(options))
     tensors = load_file(folder / "adapter_model.safetensors")
     name = next(iter(tensors))
     save_file({name.replace("layers.0", "layers.9"): tensors[name]}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="adapts model.layers.9.*trained on as base=PATH"):
-        list(merged_adapter(source))
+        write_merged_adapter(source, tmp_path / "merged")
     save_file({"base_model.model.lm_head.weight": tensors[name]}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="holds base_model.model.lm_head.weight, which is not a LoRA matrix"):
-        list(merged_adapter(source))
+        write_merged_adapter(source, tmp_path / "merged")
     (folder / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be read .*save the adapter as safetensors"):
-        list(merged_adapter(source))
+        write_merged_adapter(source, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_run_is_its_newest_checkpoint(tmp_path: Path) -> None:
