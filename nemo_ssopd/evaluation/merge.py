@@ -76,8 +76,8 @@ class _Exported:
 def write_merged_adapter(source: ModelSource, output: Path) -> None:
     """The base model's directory, file by file, with W + scale B A where a PEFT LoRA adapter has one.
 
-    Written whole or not at all. The sum is taken in float32, then cast. ValueError for an adapter that adds anything else, or to tensors that the
-    base model has not.
+    Written whole or not at all. The sum is taken in float32, then cast. ValueError for an adapter that adds anything
+    else, or to tensors that the base model has not.
     """
     assert source.base is not None
     scale, pairs = _lora_scale(Path(source.path)), _lora_pairs(Path(source.path))
