@@ -31,11 +31,12 @@ from pathlib import Path  # noqa: E402
 from nemo.core.config import hydra_runner  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from nemo_ssopd.config import CONF  # noqa: E402
 from nemo_ssopd.evaluation.config import EvalConfig, from_hydra  # noqa: E402
 from nemo_ssopd.evaluation.data import EvalData, load_sets  # noqa: E402
 from nemo_ssopd.evaluation.models import ModelSource, find_model  # noqa: E402
 from nemo_ssopd.evaluation.results import check_folder, check_identity, has_begun, set_folder  # noqa: E402
-from nemo_ssopd.launch import CONF, make_run_dir, torchrun, under_launcher  # noqa: E402
+from nemo_ssopd.launch import make_run_dir, torchrun, under_launcher  # noqa: E402
 
 
 def main() -> None:
