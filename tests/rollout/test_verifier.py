@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nemo_ssopd.rollout.verifier import REASONS, MathVerifier, Verdict
@@ -196,8 +197,7 @@ def _wait_for_death(pids: list[int], seconds: float) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    direct = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
-    return [found for child in direct for found in (child, *_descendants(child))]
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def _family(verifier: MathVerifier) -> list[int]:
