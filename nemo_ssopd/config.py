@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from nemo_ssopd.config_algorithm import CHOICES, AlgorithmConfig
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 
 _PACKAGE = Path(__file__).parent
@@ -64,28 +65,6 @@ class ParallelConfig:
     """CPU threads of each process, without a GPU."""
     timeout_minutes: int = 60
     """How long a collective may wait for another rank before the run fails."""
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """The objective: GRPO's clipped surrogate, plus the auxiliary loss of SSOPD."""
-
-    name: str = "ssopd"
-    """ssopd, grpo or sft (cross-entropy on reference solutions)."""
-    lambda_0: float = 1.0
-    """Weight of the auxiliary loss: lambda(x) = lambda_0 p(1 - p) (ours; paper eq. 12)."""
-    clip: float = 0.05
-    """tau, the cap on each summand p_T (log p_T - log p_S) (OPSD)."""
-    prefixes: int = 1024
-    """K, the distilled positions at the start of the longest wrong completion (ours; OPSD distils 1024 to 2048)."""
-    clip_ratio_low: float = 0.2
-    """The surrogate keeps the ratio above 1 - clip_ratio_low (ours)."""
-    clip_ratio_high: float = 0.2
-    """The surrogate keeps the ratio below 1 + clip_ratio_high (ours)."""
-    reference_kl: float = 0.0
-    """beta, the weight of the k3 penalty against the reference (OPSD)."""
-    advantage_eps: float = 1e-4
-    """Added to the standard deviation of a group's rewards (ours)."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +301,10 @@ def _check_values(config: Config) -> None:
     """What single fields may be."""
     check_ranges(
         config,
-        choices={"algorithm.name": ("ssopd", "grpo", "sft"), "model.dtype": ("bfloat16", "float32")},
+        choices={
+            "model.dtype": ("bfloat16", "float32"),
+            **{f"algorithm.{name}": allowed for name, allowed in CHOICES.items()},
+        },
         at_least_one="parallel.world_size parallel.tensor parallel.threads algorithm.prefixes rollout.group_size "
         "rollout.max_prompt_tokens rollout.max_new_tokens rollout.max_sequences verifier.workers trainer.max_steps "
         "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens "
@@ -334,8 +316,12 @@ def _check_values(config: Config) -> None:
         "evaluation.temperature",
     )
     require(
-        config.algorithm.name == "sft" or config.rollout.group_size > 1,
+        not config.algorithm.rewards or config.rollout.group_size > 1,
         f"rollout.group_size={config.rollout.group_size}: advantages compare completions, give at least 2",
+    )
+    require(
+        0 <= config.algorithm.ema_decay < 1,
+        f"algorithm.ema_decay={config.algorithm.ema_decay}: give 0 or more, below 1",
     )
     require("{problem}" in config.data.student_template, "data.student_template lacks {problem}: say where it goes")
     for mark in ("{problem}", "{witness}"):

@@ -221,7 +221,7 @@ class Activations:
         """One chunk: the student's, and for the clipped KL the teacher's beside them. Gradients are written in place;
         the output layer's own gradient, if it is trained, is summed in float32."""
         chunk = min(self.config.trainer.chunk_tokens, self.batch.tokens)
-        models = 2 if self.config.algorithm.name == "ssopd" else 1
+        models = 2 if self.config.algorithm.distils else 1
         trained = 0 if self.config.lora.enabled else self.w.W * self.hf.hidden_size * (4 + self.width)
         return models * chunk * self.w.W * self.width + trained
 
@@ -282,9 +282,11 @@ def plan(config: Config, hf: HFModelConfig, machine: Machine) -> MemoryPlan:
     asleep = {"CUDA graphs": machine.cuda_graphs_gib * GIB} if machine.on_cuda else engine
     update_prompts = config.trainer.prompts_per_step // (dp * config.trainer.updates_per_step)
     states: Rows = {}
-    if config.algorithm.name == "ssopd":  # every group mixed, every prefix K long: the most there can be
+    if config.algorithm.distils:  # every group mixed, every prefix K long: the most there can be
         prefix = min(config.algorithm.prefixes, config.rollout.max_new_tokens)
-        states = {"teacher states": update_prompts * prefix * hf.hidden_size * width}
+        group = config.rollout.group_size
+        distilled = {"wrong": 1, "every_wrong": group - 1, "every": group}[config.algorithm.targets]
+        states = {"teacher states": update_prompts * distilled * prefix * hf.hidden_size * width}
     current = {} if config.lora.enabled else {"current weights": parameters(hf, tensor) * width}
     kv_bytes = 2 * hf.num_layers * Widths(hf, engine_tensor(config)).KV * width
     new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens if config.data.eval else 0)

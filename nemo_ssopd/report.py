@@ -110,8 +110,8 @@ PANELS = (
         "tokens",
         (
             ("all rollouts", "rollout/length_mean"),
-            ("longest wrong", "ssopd/wrong_length"),
-            ("shortest correct", "ssopd/correct_length"),
+            ("longest wrong", "group/wrong_length"),
+            ("shortest correct", "group/correct_length"),
         ),
     ),
     Panel(

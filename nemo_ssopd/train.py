@@ -23,11 +23,12 @@ from rich.table import Table
 
 from nemo_ssopd.algo.advantages import group_advantages
 from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, TokenLoss, grpo_loss, sft_loss
-from nemo_ssopd.algo.selection import frontier_weight, is_correct, select_pair
-from nemo_ssopd.config import Config, engine_tensor
+from nemo_ssopd.algo.selection import is_correct
+from nemo_ssopd.config import AlgorithmConfig, Config, engine_tensor
 from nemo_ssopd.data.loading import RunData, load_data
 from nemo_ssopd.data.prompts import PromptOrder
-from nemo_ssopd.data.templates import render_sft, render_teacher
+from nemo_ssopd.data.templates import render_sft
+from nemo_ssopd.distillation import lessons, pair_metrics
 from nemo_ssopd.evaluation.samples import eval_metrics, evaluate, summary_of, write_samples
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
@@ -90,7 +91,7 @@ def train_step(trainer: Trainer, step: int) -> Metrics:
         groups = grade_groups(trainer, completions)
         write_rollouts(trainer, step, groups)
     trainer.collector.engine.sleep()
-    metrics = [group_metrics(groups)]
+    metrics = [group_metrics(groups, trainer.config.algorithm)]
     with timer.stage("score"):
         batches = make_batches(trainer, groups)
     for part, batch in batches:
@@ -189,7 +190,7 @@ def make_batches(trainer: Trainer, groups: list[RolloutGroup]) -> list[tuple[lis
     for part in parts:
         rollouts = [rollout for group in part for rollout in group.rollouts]
         sequences = tuple(rollout.sequence for rollout in rollouts)
-        advantages = [a for group in part for a in group_advantages(group.rewards, eps=algorithm.advantage_eps)]
+        advantages = [a for group in part for a in advantages_of(group, algorithm)]
         # On the first update the policy is still the sampling policy: its own log-probs, detached, are the old ones.
         old = trainer.actor.logprobs(sequences) if updates > 1 else None
         reference = None
@@ -208,6 +209,13 @@ def make_batches(trainer: Trainer, groups: list[RolloutGroup]) -> list[tuple[lis
     return batches
 
 
+def advantages_of(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[float]:
+    """Zero for every completion where the recipe has no reward term: its surrogate and its gradient are then zero."""
+    if not algorithm.rewards:
+        return [0.0] * len(group.rollouts)
+    return group_advantages(group.rewards, eps=algorithm.advantage_eps)
+
+
 def global_counts(trainer: Trainer, *, tokens: int, prompts: int) -> StepCounts:
     """The denominators: this rank's counts, summed over the data-parallel ranks."""
     counts = torch.tensor([tokens, prompts], device=trainer.runtime.device)
@@ -216,35 +224,18 @@ def global_counts(trainer: Trainer, *, tokens: int, prompts: int) -> StepCounts:
 
 
 def distillation(trainer: Trainer, groups: list[RolloutGroup]) -> tuple[ClippedDistillation | None, Metrics]:
-    """The teacher's pass over the mixed groups: adapters off, the shortest correct completion as privileged context."""
+    """The teacher's pass over what is distilled: by default adapters off, the group's shortest correct completion."""
     config, algorithm = trainer.config, trainer.config.algorithm
-    if algorithm.name != "ssopd" or algorithm.lambda_0 == 0:
+    if not algorithm.distils:
         return None, {}
-    sequences: dict[int, TokenSequence] = {}
-    weights: dict[int, float] = {}
-    metrics: Metrics = {"ssopd/pairs": Sum(0), "ssopd/dropped_long_teacher": Sum(0)}
-    for g, group in enumerate(groups):
-        pair = select_pair(rewards=group.rewards, lengths=group.lengths)
-        if pair is None:
-            continue
-        witness, wrong = group.rollouts[pair.correct], group.rollouts[pair.wrong].sequence
-        prompt = render_teacher(trainer.data.tokenizer, group.prompt, witness.completion.text, config.data)
-        prefix = wrong.completion[: algorithm.prefixes]
-        if len(prompt) + len(prefix) > trainer.hf.max_position_embeddings:
-            metrics = merge(metrics, {"ssopd/dropped_long_teacher": Sum(1)})
-            continue
-        index = g * config.rollout.group_size + pair.wrong
-        sequences[index] = TokenSequence(prompt + prefix, len(prompt))
-        weights[index] = frontier_weight(group.rewards, lambda_0=algorithm.lambda_0)
-        lengths: Metrics = {
-            "ssopd/correct_length": Mean(witness.sequence.completion_length, 1),
-            "ssopd/wrong_length": Mean(wrong.completion_length, 1),
-        }
-        metrics = merge(metrics, lengths)
-    with trainer.actor.reference():
-        hidden = trainer.actor.hidden_states(list(sequences.values()))
+    planned, metrics = lessons(groups, config, trainer.data.tokenizer, max_length=trainer.hf.max_position_embeddings)
+    with trainer.actor.teacher():
+        hidden = trainer.actor.hidden_states([lesson.teacher for lesson in planned])
     aux = ClippedDistillation(
-        targets={i: DistillTarget(hidden_KH, weights[i]) for i, hidden_KH in zip(sequences, hidden, strict=True)},
+        targets={
+            lesson.row: DistillTarget(hidden_KH, lesson.weight)
+            for lesson, hidden_KH in zip(planned, hidden, strict=True)
+        },
         clip=algorithm.clip,
         temperature=config.rollout.temperature,
         chunk_tokens=config.trainer.chunk_tokens,
@@ -254,7 +245,7 @@ def distillation(trainer: Trainer, groups: list[RolloutGroup]) -> tuple[ClippedD
     return aux, metrics
 
 
-def group_metrics(groups: list[RolloutGroup]) -> Metrics:
+def group_metrics(groups: list[RolloutGroup], algorithm: AlgorithmConfig) -> Metrics:
     """What the rollouts were like."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     correct = [sum(map(is_correct, group.rewards)) for group in groups]
@@ -271,7 +262,8 @@ def group_metrics(groups: list[RolloutGroup]) -> Metrics:
         "rollout/truncated_fraction": Mean(truncated, len(rollouts)),
         "progress/tokens": Sum(tokens),
     }
-    return merge(metrics, *({f"reward/reason/{rollout.reason}": Sum(1)} for rollout in rollouts))
+    reasons: list[Metrics] = [{f"reward/reason/{rollout.reason}": Sum(1)} for rollout in rollouts]
+    return merge(metrics, *reasons, *(pair_metrics(group, algorithm) for group in groups))
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------

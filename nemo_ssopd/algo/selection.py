@@ -1,16 +1,43 @@
-"""Which completions of a group the auxiliary loss uses, and how much the group weighs (paper eqs. 8, 10, 12)."""
+"""Which completions of a group the distillation uses, and how much the group weighs (paper eqs. 8, 10, 12)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from nemo_ssopd.types import Pair
 
 
-def select_pair(*, rewards: Sequence[float], lengths: Sequence[int]) -> Pair | None:
-    """The shortest correct and the longest wrong completion, lengths in tokens; None for a uniform group.
+def select(
+    candidates: Sequence[int], *, by: str, lengths: Sequence[int], mean_logprobs: Sequence[float] | None = None
+) -> int:
+    """The shortest or longest candidate in tokens, or the one with the max_logprob or min_logprob of a mean token.
 
-    Ties go to the lower index, so that every rank selects the same pair.
+    `candidates` are indices into `lengths` and `mean_logprobs`. Ties go to the lower index, so that every rank selects
+    the same one.
+
+    >>> select([0, 2, 3], by="longest", lengths=[7, 9, 4, 7])
+    0
+    """
+    extreme, measured = {
+        "shortest": (min, lengths),
+        "longest": (max, lengths),
+        "min_logprob": (min, mean_logprobs),
+        "max_logprob": (max, mean_logprobs),
+    }[by]
+    assert measured is not None, f"{by} needs mean_logprobs"
+    return extreme(sorted(candidates), key=measured.__getitem__)  # min and max both keep the first of equals
+
+
+def select_pair(
+    *,
+    rewards: Sequence[float],
+    lengths: Sequence[int],
+    mean_logprobs: Sequence[float] | None = None,
+    correct_by: str = "shortest",
+    wrong_by: str = "longest",
+) -> Pair | None:
+    """By default the shortest correct and the longest wrong completion; None for a uniform group.
 
     >>> select_pair(rewards=[0.0, 1.0, 1.0, 0.0], lengths=[7, 9, 4, 7])
     Pair(correct=2, wrong=0)
@@ -19,18 +46,20 @@ def select_pair(*, rewards: Sequence[float], lengths: Sequence[int]) -> Pair | N
         raise ValueError(f"{len(rewards)} rewards but {len(lengths)} lengths: give one of each per completion")
     if lengths and min(lengths) < 1:
         raise ValueError(f"lengths are {list(lengths)}: a completion has at least one token, its end-of-turn token")
-    correct = [i for i, reward in enumerate(rewards) if is_correct(reward)]
-    wrong = [i for i, reward in enumerate(rewards) if not is_correct(reward)]
+    correct, wrong = split(rewards)
     if not correct or not wrong:
         return None
-    # min and max both keep the first of equals.
-    return Pair(correct=min(correct, key=lengths.__getitem__), wrong=max(wrong, key=lengths.__getitem__))
+    return Pair(
+        correct=select(correct, by=correct_by, lengths=lengths, mean_logprobs=mean_logprobs),
+        wrong=select(wrong, by=wrong_by, lengths=lengths, mean_logprobs=mean_logprobs),
+    )
 
 
-def frontier_weight(rewards: Sequence[float], *, lambda_0: float) -> float:
+def frontier_weight(rewards: Sequence[float], *, lambda_0: float, shape: str = "dynamic") -> float:
     """lambda(x) = lambda_0 p(1 - p), p the share of correct completions: exactly zero for a uniform group.
 
-    It peaks at lambda_0 / 4, for a balanced group. p is the plain sample share, without a small-group correction.
+    It peaks at lambda_0 / 4, for a balanced group. p is the plain sample share, without a small-group correction. The
+    other shapes: dynamic_peak1, 4p(1 - p); sqrt, the root of p(1 - p); fixed, 1 for every group, uniform ones too.
 
     >>> frontier_weight([1.0, 0.0, 0.0, 0.0], lambda_0=1.0)
     0.1875
@@ -38,7 +67,21 @@ def frontier_weight(rewards: Sequence[float], *, lambda_0: float) -> float:
     if not rewards:
         raise ValueError("a group has no rewards: it needs at least one completion")
     p = sum(is_correct(reward) for reward in rewards) / len(rewards)
-    return lambda_0 * p * (1 - p)
+    if shape == "fixed":
+        return lambda_0
+    if shape == "sqrt":
+        return lambda_0 * math.sqrt(p * (1 - p))
+    return (4 if shape == "dynamic_peak1" else 1) * lambda_0 * p * (1 - p)
+
+
+def split(rewards: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Indices of the correct and of the wrong completions.
+
+    >>> split([0.0, 1.0, 0.0])
+    ([1], [0, 2])
+    """
+    correct = [i for i, reward in enumerate(rewards) if is_correct(reward)]
+    return correct, [i for i, reward in enumerate(rewards) if not is_correct(reward)]
 
 
 def is_correct(reward: float) -> bool:

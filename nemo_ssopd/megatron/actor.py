@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,6 +65,8 @@ class MegatronGRPOActor:
         if config.lora.enabled:
             add_lora(self.model, config.lora, seed=config.trainer.seed, runtime=runtime)
         self._initial = None if config.lora.enabled else _copy_of_weights(self.model)
+        self._teacher, self._ema_decay = config.algorithm.teacher, config.algorithm.ema_decay
+        self.teacher_average = _trained_in_float32(self.model) if self._teacher == "ema" else {}
         self._ddp, self.optimizer = _optimizer(self.model, config.optimizer, bf16=config.model.dtype == "bfloat16")
         self.scheduler = _scheduler(self.optimizer, config.optimizer)
         self._forward_backward = get_forward_backward_func()
@@ -90,11 +92,22 @@ class MegatronGRPOActor:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, every pass runs on the fixed initial weights: pi_ref, and the teacher."""
+        """Inside, every pass runs on the fixed initial weights: pi_ref, and by default the teacher."""
         weights: AbstractContextManager[None] = (
             adapters_disabled(self.model) if self._initial is None else _swapped(self.model, self._initial)
         )
         with weights:
+            yield
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Inside, every pass runs on the teacher's weights: the initial ones, the current ones or their average."""
+        weights: dict[str, AbstractContextManager[None]] = {
+            "fixed": self.reference(),
+            "live": nullcontext(),
+            "ema": _swapped(self.model, self.teacher_average),
+        }
+        with weights[self._teacher]:
             yield
 
     # The optimizer step.
@@ -124,10 +137,17 @@ class MegatronGRPOActor:
         if not skipped:
             self.optimizer.step()
             self.scheduler.step(increment=1)
+            self._move_average()
         metrics["optim/grad_norm"] = Max(grad_norm)
         metrics["optim/lr"] = Max(self.optimizer.param_groups[0]["lr"])
         metrics["optim/skipped_steps"] = Max(float(skipped))
         return StepResult(skipped=skipped, metrics=metrics)
+
+    def _move_average(self) -> None:
+        """Of the trained weights, for an averaged teacher. In float32: in bfloat16 small moves would be lost."""
+        parameters = dict(self.model.named_parameters())
+        for name, average in self.teacher_average.items():
+            average.lerp_(parameters[name].detach().float(), 1 - self._ema_decay)
 
     def _everywhere(self, condition: bool) -> bool:
         flag = torch.tensor(int(condition))
@@ -231,11 +251,16 @@ def _copy_of_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def _trained_in_float32(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter.detach().to(torch.float32, copy=True) for name, parameter in trained.items()}
+
+
 @contextmanager
 def _swapped(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
     """Run on `weights`, then on the current ones again, bit for bit. In place: Megatron's buffers own the storage."""
-    current = _copy_of_weights(model)
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in weights}
+    current = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -20,7 +20,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -239,6 +239,8 @@ def load_checkpoint(actor: MegatronGRPOActor, config: Config) -> LoopState:
     _check_same_kind(folder, saved_config(folder), config)
     loaded = _read_tensors(_state_dict(actor, is_loading=True), folder)
     actor.model.load_state_dict(loaded["model"], strict=False)
+    for name, average in actor.teacher_average.items():
+        average.copy_(loaded["teacher_average"][name])
     _load_optimizer(actor.optimizer, loaded["optimizer"])
     actor.scheduler.num_steps = 0
     actor.scheduler.step(increment=loaded["opt_param_scheduler"]["num_steps"])
@@ -339,6 +341,7 @@ def _check_same_kind(folder: Path, saved: Config, config: Config) -> None:
         "lora.rank": (saved.lora.rank, config.lora.rank),
         "lora.alpha": (saved.lora.alpha, config.lora.alpha),
         "model.dtype": (saved.model.dtype, config.model.dtype),
+        "algorithm.teacher": (saved.algorithm.teacher, config.algorithm.teacher),
         "optimizer.distributed": (saved.optimizer.distributed, config.optimizer.distributed),
     }
     for name, (before, now) in fields.items():
@@ -358,7 +361,14 @@ def _state_dict(actor: MegatronGRPOActor, *, is_loading: bool) -> dict[str, Any]
     optimizer = actor.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(CONTENT))
     if optimizer.get("param_state", ...) is None:  # gathered on another rank
         del optimizer["param_state"]
-    return {"model": weights, "optimizer": optimizer}
+    average = {name: _with_data(weights[name], tensor) for name, tensor in actor.teacher_average.items()}
+    return {"model": weights, "optimizer": optimizer, "teacher_average": average}
+
+
+def _with_data(weight: Any, average: torch.Tensor) -> Any:
+    """The place of a weight, or the factory of a fused projection's places, for the teacher's average of it."""
+    dtype = {"dtype": average.dtype} if isinstance(weight, ShardedTensor) else {}
+    return replace(weight, key=f"teacher_average.{weight.key}", data=average, **dtype)
 
 
 def _trained_weights(model: GPTModel) -> dict[str, Any]:

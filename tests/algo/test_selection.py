@@ -38,3 +38,13 @@ def test_frontier_weight() -> None:
     assert frontier_weight([1, 0], lambda_0=0.0) == 0.0
     with pytest.raises(ValueError, match="at least one completion"):
         frontier_weight([], lambda_0=1.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights"),
+    [("dynamic_peak1", [0.75, 1.0, 0.0]), ("sqrt", [3**0.5 / 4, 0.5, 0.0]), ("fixed", [1.0, 1.0, 1.0])],
+)
+def test_other_frontier_weights(shape: str, weights: list[float]) -> None:
+    groups = [[1, 0, 0, 0], [1, 0], [0, 0]]
+    assert [frontier_weight(g, lambda_0=1.0, shape=shape) for g in groups] == pytest.approx(weights, abs=1e-15)
+    assert frontier_weight(groups[0], lambda_0=3.0, shape=shape) == pytest.approx(3 * weights[0])

@@ -1,0 +1,117 @@
+"""From graded groups to what the teacher reads: the distilled completions, the witness of each, and their weights.
+
+The teacher reads a prompt and then a completion's first K tokens, and its next-token distributions are the targets of
+the student, which reads the same tokens behind its own prompt (paper eqs. 5, 8, 10 to 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from nemo_ssopd.algo.selection import frontier_weight, select, split
+from nemo_ssopd.config import Config
+from nemo_ssopd.config_algorithm import AlgorithmConfig
+from nemo_ssopd.data.templates import render_teacher
+from nemo_ssopd.metrics import Mean, Metrics, Sum, merge
+from nemo_ssopd.types import RolloutGroup
+from nemo_ssopd.types import Sequence as TokenSequence
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One distilled completion: its number among the groups' rollouts, what the teacher reads, and its weight.
+
+    >>> Lesson(row=9, teacher=TokenSequence((1, 5, 9, 7, 9, 2), prompt_length=4), weight=0.1875)
+    """
+
+    row: int
+    teacher: TokenSequence
+    weight: float
+
+
+def lessons(
+    groups: Sequence[RolloutGroup], config: Config, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> tuple[list[Lesson], Metrics]:
+    """The distilled completions of one rank's groups.
+
+    A completion without a witness, or whose teacher context is over `max_length` tokens, is left out and counted.
+    """
+    algorithm = config.algorithm
+    planned: list[Lesson] = []
+    metrics: Metrics = {f"ssopd/{name}": Sum(0) for name in ("pairs", "dropped_long_teacher", "dropped_no_witness")}
+    first_row = 0
+    for group, witness in zip(groups, witness_texts(groups, algorithm), strict=True):
+        weight = frontier_weight(group.rewards, lambda_0=algorithm.lambda_0, shape=algorithm.frontier)
+        chosen = targets(group, algorithm) if weight > 0 else []
+        for index in chosen:
+            completion = group.rollouts[index].sequence
+            prefix = completion.completion[: algorithm.prefixes]
+            if algorithm.witness == "none":
+                prompt = completion.prompt
+            elif witness is None:
+                metrics = merge(metrics, {"ssopd/dropped_no_witness": Sum(1)})
+                continue
+            else:
+                prompt = render_teacher(tokenizer, group.prompt, witness, config.data)
+            if len(prompt) + len(prefix) > max_length:
+                metrics = merge(metrics, {"ssopd/dropped_long_teacher": Sum(1)})
+                continue
+            teacher = TokenSequence(prompt + prefix, len(prompt))
+            planned.append(Lesson(first_row + index, teacher, weight / len(chosen)))
+        first_row += len(group.rollouts)
+    return planned, metrics
+
+
+def targets(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[int]:
+    """Which completions of the group are distilled; with targets=every all, otherwise none of a uniform group's."""
+    correct, wrong = split(group.rewards)
+    if algorithm.targets == "every":
+        return sorted(correct + wrong)
+    if not correct or not wrong:
+        return []
+    return wrong if algorithm.targets == "every_wrong" else [_select(group, wrong, algorithm.wrong_selector)]
+
+
+def witness_texts(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> list[str | None]:
+    """What the teacher reads beside each group's problem; None where there is nothing to read.
+
+    A shuffled witness is that of the next group with a correct completion, another prompt's.
+    """
+    if algorithm.witness == "solution":
+        return [group.prompt.solution for group in groups]
+    if algorithm.witness == "none":
+        return [None] * len(groups)
+    own = [_own_witness(group, algorithm.correct_selector) for group in groups]
+    if algorithm.witness == "own":
+        return own
+    others = [[(g + step) % len(groups) for step in range(1, len(groups))] for g in range(len(groups))]
+    return [
+        next((own[o] for o in others[g] if own[o] is not None and groups[o].prompt.id != group.prompt.id), None)
+        for g, group in enumerate(groups)
+    ]
+
+
+def pair_metrics(group: RolloutGroup, algorithm: AlgorithmConfig) -> Metrics:
+    """Lengths of the selected correct and wrong completion of a mixed group, whatever the recipe does with them."""
+    correct, wrong = split(group.rewards)
+    if not correct or not wrong:
+        return {}
+    return {
+        "group/correct_length": Mean(group.lengths[_select(group, correct, algorithm.correct_selector)], 1),
+        "group/wrong_length": Mean(group.lengths[_select(group, wrong, algorithm.wrong_selector)], 1),
+    }
+
+
+def _own_witness(group: RolloutGroup, selector: str) -> str | None:
+    correct, _ = split(group.rewards)
+    return group.rollouts[_select(group, correct, selector)].completion.text if correct else None
+
+
+def _select(group: RolloutGroup, candidates: Sequence[int], selector: str) -> int:
+    logprobs = [rollout.completion.logprobs for rollout in group.rollouts]
+    return select(
+        candidates, by=selector, lengths=group.lengths, mean_logprobs=[sum(values) / len(values) for values in logprobs]
+    )

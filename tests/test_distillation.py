@@ -1,0 +1,139 @@
+"""What the teacher reads, for every witness, selector and choice of targets; texts and weights written out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from nemo_ssopd.config import AlgorithmConfig, Config, DataConfig
+from nemo_ssopd.data.templates import load_tokenizer
+from nemo_ssopd.distillation import Lesson, lessons, pair_metrics
+from nemo_ssopd.metrics import Metrics
+from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, Sequence
+
+STUDENT = (1, 2, 3)
+LONG = 1000
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer("assets/demo_model")
+
+
+def group(name: str, *rollouts: tuple[float, int, float]) -> RolloutGroup:
+    """(reward, length, mean log-prob) of each completion. Its text is its number, its tokens are its number too."""
+    made = []
+    for i, (reward, length, logprob) in enumerate(rollouts):
+        # Of the first token only, so that the mean is not the sum.
+        completion = Completion((50 + i,) * length, (logprob * length, *[0.0] * (length - 1)), f"{i}", "stop", 0)
+        made.append(Rollout(Sequence(STUDENT + completion.tokens, 3), completion, reward, "", None))
+    return RolloutGroup(Prompt(name, f"{name}*2", "8", solution="9"), tuple(made))
+
+
+MIXED = group("1", (0, 4, -0.5), (1, 6, -0.2), (0, 7, -0.4), (1, 3, -0.3), (0, 7, -0.1), (1, 5, -0.6))
+OTHER = group("2", (1, 2, -0.5), (0, 2, -0.5), (0, 2, -0.5), (0, 2, -0.5), (0, 2, -0.5), (0, 2, -0.5))
+WRONG = group("3", *[(0, 3, -0.1)] * 6)
+GROUPS = [WRONG, MIXED, OTHER]
+
+
+def plan(
+    tokenizer: PreTrainedTokenizerBase, groups: list[RolloutGroup], *, max_length: int = LONG, **algorithm
+) -> tuple[list[Lesson], Metrics]:
+    data = DataConfig(student_template="{problem}", teacher_template="{problem} {witness}")
+    config = Config(algorithm=AlgorithmConfig(**algorithm), data=data)
+    return lessons(groups, config, tokenizer, max_length=max_length)
+
+
+def witnesses(tokenizer: PreTrainedTokenizerBase, planned: list[Lesson]) -> list[str]:
+    texts = [tokenizer.decode(lesson.teacher.prompt) for lesson in planned]
+    return [text.split("\n")[1].split("<|im_end|>")[0] for text in texts]
+
+
+def test_by_default_the_longest_wrong_with_the_shortest_correct_of_its_group(tokenizer) -> None:
+    planned, metrics = plan(tokenizer, GROUPS)
+    assert [lesson.row for lesson in planned] == [6 + 2, 12 + 1]
+    assert [lesson.weight for lesson in planned] == [0.25, 5 / 36]
+    assert witnesses(tokenizer, planned) == ["1*2 3", "2*2 0"]
+    assert [lesson.teacher.completion for lesson in planned] == [(52,) * 7, (51,) * 2]
+    assert all(metric.value() == 0 for metric in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("side", "selector", "chosen"),
+    [
+        ("correct", "shortest", 3),
+        ("correct", "longest", 1),
+        ("correct", "max_logprob", 1),
+        ("correct", "min_logprob", 5),
+        ("wrong", "longest", 2),
+        ("wrong", "shortest", 0),
+        ("wrong", "max_logprob", 4),
+        ("wrong", "min_logprob", 0),
+    ],
+)
+def test_selectors(tokenizer, side: str, selector: str, chosen: int) -> None:
+    (lesson,), _ = plan(tokenizer, [MIXED], **{f"{side}_selector": selector})
+    if side == "correct":
+        assert witnesses(tokenizer, [lesson]) == [f"1*2 {chosen}"]
+    else:
+        assert (lesson.row, lesson.teacher.completion[0]) == (chosen, 50 + chosen)
+    length = MIXED.lengths[chosen]
+    settings = AlgorithmConfig(**{f"{side}_selector": selector})
+    assert pair_metrics(MIXED, settings)[f"group/{side}_length"].value() == length
+
+
+@pytest.mark.parametrize(
+    ("witness", "texts"),
+    [("own", ["1*2 3", "2*2 0"]), ("solution", ["1*2 9", "2*2 9"]), ("shuffled", ["1*2 0", "2*2 3"])],
+)
+def test_witnesses(tokenizer, witness: str, texts: list[str]) -> None:
+    planned, _ = plan(tokenizer, GROUPS, witness=witness)
+    assert witnesses(tokenizer, planned) == texts
+
+
+def test_without_a_witness_the_teacher_reads_the_student_s_prompt(tokenizer) -> None:
+    planned, _ = plan(tokenizer, GROUPS, witness="none")
+    assert [lesson.teacher for lesson in planned] == [MIXED.rollouts[2].sequence, OTHER.rollouts[1].sequence]
+
+
+def test_a_witness_of_another_prompt_that_is_not_there(tokenizer) -> None:
+    same_prompt = replace(OTHER, prompt=MIXED.prompt)
+    planned, metrics = plan(tokenizer, [WRONG, MIXED, same_prompt], witness="shuffled")
+    assert not planned
+    assert metrics["ssopd/dropped_no_witness"].value() == 2
+
+
+def test_targets_share_their_group_s_weight(tokenizer) -> None:
+    planned, _ = plan(tokenizer, GROUPS, targets="every_wrong")
+    assert [lesson.row for lesson in planned] == [6, 8, 10, 13, 14, 15, 16, 17]
+    assert [lesson.weight for lesson in planned] == pytest.approx([0.25 / 3] * 3 + [1 / 36] * 5)
+
+
+def test_opsd_reads_the_reference_solution_on_every_rollout(tokenizer) -> None:
+    planned, _ = plan(
+        tokenizer, GROUPS, name="opsd", witness="solution", targets="every", frontier="fixed", lambda_0=3.0, prefixes=5
+    )
+    assert [lesson.row for lesson in planned] == list(range(18))
+    assert [lesson.weight for lesson in planned] == [0.5] * 18
+    assert [lesson.teacher.completion_length for lesson in planned[6:12]] == [4, 5, 5, 3, 5, 5]
+    assert witnesses(tokenizer, planned[:1]) == ["3*2 9"]
+
+
+def test_every_rollout_of_a_group_without_a_witness_is_counted(tokenizer) -> None:
+    planned, metrics = plan(tokenizer, [WRONG, OTHER], targets="every", frontier="fixed")
+    assert [lesson.row for lesson in planned] == list(range(6, 12))
+    assert metrics["ssopd/dropped_no_witness"].value() == 6
+
+
+def test_a_teacher_context_that_does_not_fit_is_counted(tokenizer) -> None:
+    planned, _ = plan(tokenizer, GROUPS)
+    fits = len(planned[1].teacher.tokens)
+    kept, metrics = plan(tokenizer, GROUPS, max_length=fits)
+    assert kept == planned[1:]
+    assert metrics["ssopd/dropped_long_teacher"].value() == 1
+
+
+def test_uniform_groups_have_no_pair() -> None:
+    assert pair_metrics(WRONG, AlgorithmConfig()) == {}
