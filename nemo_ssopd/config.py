@@ -168,6 +168,10 @@ class TrainerConfig:
     """Steps between checkpoints (OPSD); 0 saves at the end only."""
     keep_checkpoints: int = 3
     """Older checkpoints are removed; 0 keeps all."""
+    keep_best: bool = True
+    """Also save where Avg@n is the highest so far, and keep that checkpoint until a better one is there (ours)."""
+    async_save: bool = False
+    """Write checkpoints beside the next steps, from a copy of the trained state in host memory (Megatron-LM)."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates not at all during training."""
     eval_at_ends: bool = True

@@ -32,7 +32,7 @@ from nemo_ssopd.distillation import lessons, pair_metrics
 from nemo_ssopd.evaluation.samples import eval_metrics, evaluate, summary_of, write_samples
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
-from nemo_ssopd.megatron.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from nemo_ssopd.megatron.checkpoint import CheckpointSaver, LoopState, load_checkpoint
 from nemo_ssopd.megatron.export import export_hf
 from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
 from nemo_ssopd.metrics import (
@@ -269,13 +269,14 @@ def group_metrics(groups: list[RolloutGroup], algorithm: AlgorithmConfig) -> Met
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
-def run(trainer: Trainer, logger: Logger, state: LoopState) -> LoopState:
+def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, state: LoopState) -> LoopState:
     """Steps until trainer.max_steps, with evaluations and checkpoints on the way. Logged steps count completed ones."""
     config, last = trainer.config.trainer, trainer.config.trainer.max_steps
     take_step = sft_step if trainer.config.algorithm.name == "sft" else train_step
     if config.eval_at_ends and trainer.data.eval and state.step == 0:
         logger.log(0, evaluate_policy(trainer, step=0))
     for step in range(state.step, last):
+        saver.check()
         metrics = reduce_over_data_parallel(trainer, take_step(trainer, step))
         state = state.after(metrics)
         metrics = merge(metrics, progress_metrics(metrics, state))
@@ -288,8 +289,9 @@ def run(trainer: Trainer, logger: Logger, state: LoopState) -> LoopState:
                 f"the last {state.skipped_in_a_row} steps, up to {state.step}, were skipped: loss or gradient were "
                 f"not finite. Lower optimizer.lr, or look at the rollouts; checkpoints of good steps are kept"
             )
-        if is_last or config.save_every and state.step % config.save_every == 0:
-            save_checkpoint(trainer.actor, trainer.config, state)
+        score = metrics["eval/avg_at_n"].value() if "eval/avg_at_n" in metrics else None
+        if is_last or config.save_every and state.step % config.save_every == 0 or saver.is_best(score):
+            saver.save(state, score)
     return state
 
 
@@ -412,10 +414,13 @@ def train(config: Config) -> None:
         trainer.collector.engine.sleep()
     if runtime.is_main:
         OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
-    with Logger(sinks(config, state) if runtime.is_main else []) as logger:
-        run(trainer, logger, state)
+    with (
+        Logger(sinks(config, state) if runtime.is_main else []) as logger,
+        CheckpointSaver(trainer.actor, config) as saver,
+    ):
+        run(trainer, logger, saver, state)
     if config.trainer.export:
-        export_hf(trainer.actor, config.model.path, run_dir / "hf")
+        export_hf(trainer.actor.weights(), config.model.path, run_dir / "hf", runtime)
     if runtime.is_main:
         write_report(run_dir)
         print_summary(run_dir)

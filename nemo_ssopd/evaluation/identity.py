@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from nemo_ssopd.evaluation.config import EvalConfig
 from nemo_ssopd.evaluation.data import EvalData
 from nemo_ssopd.evaluation.models import ModelSource
-from nemo_ssopd.megatron.checkpoint import base_fingerprint
+from nemo_ssopd.megatron.fingerprint import base_fingerprint
 from nemo_ssopd.types import RenderedPrompt
 
 Identity: TypeAlias = dict[str, dict[str, Any]]

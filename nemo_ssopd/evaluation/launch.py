@@ -57,7 +57,7 @@ def run_main(composed: DictConfig) -> None:
             start_workers(config, name)
         return
     from nemo_ssopd.evaluation.run import run  # noqa: PLC0415 -- Megatron-Core and vLLM, which the checks do without
-    from nemo_ssopd.megatron.checkpoint import CheckpointError  # noqa: PLC0415
+    from nemo_ssopd.megatron.storage import CheckpointError  # noqa: PLC0415
 
     try:
         run(config)

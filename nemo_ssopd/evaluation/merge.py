@@ -7,10 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,12 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from nemo_ssopd.config import ParallelConfig
 from nemo_ssopd.evaluation.models import ModelSource
-from nemo_ssopd.hf_config import read_hf_config
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
-from nemo_ssopd.megatron.checkpoint import load_policy
-from nemo_ssopd.megatron.export import COPIED, export_hf
+from nemo_ssopd.megatron.export import copy_companions, export_hf
+from nemo_ssopd.megatron.policy import open_checkpoint, stream_policy
 from nemo_ssopd.megatron.runtime import Runtime
-from nemo_ssopd.megatron.weights import hf_weights
 
 _LORA_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # Options of PEFT that change what an adapter adds, and the value at which they do nothing.
@@ -55,22 +49,10 @@ def remove_merged(folder: Path) -> None:
 
 def _export(source: ModelSource, output: Path, parallel: ParallelConfig, runtime: Runtime) -> None:
     if source.kind == "checkpoint":
-        model = load_policy(Path(source.path), runtime, parallel, base=source.base)
-        weights = hf_weights(model, read_hf_config(source.architecture), runtime)
-        export_hf(cast(MegatronGRPOActor, _Exported(runtime, weights)), source.architecture, output)
+        saved = open_checkpoint(Path(source.path), runtime, base=source.base)
+        export_hf(stream_policy(saved, parallel, runtime), saved.hf_folder, output, runtime)
     elif runtime.is_main:
         write_merged_adapter(source, output)
-
-
-@dataclass(frozen=True)
-class _Exported:
-    """As much of an actor as `export_hf` asks for."""
-
-    runtime: Runtime
-    tensors: Iterable[tuple[str, torch.Tensor]]
-
-    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        return self.tensors
 
 
 def write_merged_adapter(source: ModelSource, output: Path) -> None:
@@ -84,6 +66,7 @@ def write_merged_adapter(source: ModelSource, output: Path) -> None:
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    copy_companions(Path(source.base), temporary)
     for file in sorted(Path(source.base).iterdir()):
         if file.suffix == ".safetensors":
             tensors = load_file(file)
@@ -92,8 +75,6 @@ def write_merged_adapter(source: ModelSource, output: Path) -> None:
                 whole = tensors[name].float() + scale * pair["B"].float() @ pair["A"].float()
                 tensors[name] = whole.to(tensors[name].dtype)
             save_file(tensors, temporary / file.name, metadata={"format": "pt"})
-        elif any(file.match(pattern) for pattern in COPIED):
-            shutil.copyfile(file, temporary / file.name)
     if pairs:
         raise ValueError(
             f"model: {source.path} adapts {', '.join(sorted(pairs)[:3])}, which {source.base} has not: give the model "

@@ -79,7 +79,7 @@ def adapters_disabled(model: GPTModel) -> Iterator[None]:
             layer.adapters_enabled = enabled
 
 
-def adapters(model: GPTModel) -> Iterator[Adapter]:
+def adapters(model: nn.Module) -> Iterator[Adapter]:
     """In the order of the layers; empty without adapters."""
     return (module for module in model.modules() if isinstance(module, Adapter))
 

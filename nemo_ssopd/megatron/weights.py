@@ -8,24 +8,30 @@
 
 Every Hugging Face tensor is, on each rank, a view into one Megatron parameter. That table is written once (`_shards`)
 and read in both directions: loading copies into the view, exporting gathers the views.
+
+A model may also be on the meta device, and have one part at a time in memory: see `hf_weights`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from safetensors import safe_open
+from torch import nn
 
 from nemo_ssopd.hf_config import HFModelConfig
 from nemo_ssopd.megatron.lora import ColumnAdapter, adapters
 from nemo_ssopd.megatron.runtime import Runtime
+
+InMemory: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,14 @@ class _Shard:
 
 
 def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtime: Runtime) -> None:
-    """Fill `model` from the safetensors in `path`; ValueError, with names, for missing, extra or misshapen tensors."""
-    files = _tensor_files(Path(path))
+    """Fill `model` from the safetensors in `path`; ValueError, with names, for missing, extra or misshapen tensors.
+
+    What is on the meta device is left there.
+    """
+    files = tensor_files(Path(path))
     shards = list(_shards(model, hf))
     _check_names(Path(path), expected={shard.name for shard in shards}, found=set(files), tied=hf.tied)
+    shards = [shard for shard in shards if not shard.view.is_meta]
     with ExitStack() as stack, torch.no_grad():
         handles = {
             file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
@@ -59,15 +69,17 @@ def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtim
 
 
 def hf_weights(
-    model: GPTModel, hf: HFModelConfig, runtime: Runtime, *, merged: bool = True
+    model: GPTModel, hf: HFModelConfig, runtime: Runtime, *, merged: bool = True, in_memory: InMemory = nullcontext
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of this pipeline stage, whole, under its Hugging Face name, in the model's dtype.
 
     `merged` adds the adapters, W + alpha / r B A, in float32. All ranks must iterate to the end. What comes out may
     share memory with the parameters: clone what is kept over an optimizer step, and write to none of it.
+
+    `in_memory` surrounds the use of each part of the model, a layer at the most: it may load the part and drop it.
     """
     deltas = {f"{adapter.hf_name}.weight": adapter for adapter in adapters(model)} if merged else {}
-    for shard in _shards(model, hf):
+    for shard in _shards(model, hf, in_memory):
         local = shard.view.detach().reshape(shard.shape)
         if shard.name in deltas:
             local = (local.float() + deltas[shard.name].delta()).to(local.dtype)
@@ -75,8 +87,8 @@ def hf_weights(
         yield shard.name, whole[: hf.vocab_size] if _is_vocabulary(shard.name) else whole
 
 
-def peft_weights(model: GPTModel, runtime: Runtime) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every adapter matrix, whole, under the name that PEFT gives it. All ranks must iterate to the end."""
+def peft_weights(model: nn.Module, runtime: Runtime) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every adapter matrix in `model`, or in a part of it, whole, by PEFT's name. All ranks must iterate to the end."""
     for adapter in adapters(model):
         is_column = isinstance(adapter, ColumnAdapter)
         a, b = adapter.A.detach(), adapter.B.detach()
@@ -85,29 +97,36 @@ def peft_weights(model: GPTModel, runtime: Runtime) -> Iterator[tuple[str, torch
         yield f"{prefix}.lora_B.weight", runtime.gather_tp(b, dim=0) if is_column else b
 
 
-def _shards(model: GPTModel, hf: HFModelConfig) -> Iterator[_Shard]:
+def _shards(model: GPTModel, hf: HFModelConfig, in_memory: InMemory = nullcontext) -> Iterator[_Shard]:
     if model.pre_process:
-        yield _rows("model.embed_tokens.weight", model.embedding.word_embeddings.weight)
+        with in_memory(model.embedding):
+            yield _rows("model.embed_tokens.weight", model.embedding.word_embeddings.weight)
     for layer in model.decoder.layers:
-        prefix = f"model.layers.{layer.layer_number - 1}"
-        attention, mlp = layer.self_attention, layer.mlp
-        yield _replicated(f"{prefix}.input_layernorm.weight", layer.input_layernorm.weight)
-        yield from _qkv(f"{prefix}.self_attn", "weight", attention.linear_qkv.weight, hf)
-        if hf.qkv_bias:
-            yield from _qkv(f"{prefix}.self_attn", "bias", attention.linear_qkv.bias, hf)
-        if hf.qk_norm:
-            yield _replicated(f"{prefix}.self_attn.q_norm.weight", attention.q_layernorm.weight)
-            yield _replicated(f"{prefix}.self_attn.k_norm.weight", attention.k_layernorm.weight)
-        yield _columns(f"{prefix}.self_attn.o_proj.weight", attention.linear_proj.weight)
-        yield _replicated(f"{prefix}.post_attention_layernorm.weight", layer.pre_mlp_layernorm.weight)
-        gate, up = mlp.linear_fc1.weight.chunk(2, dim=0)
-        yield _rows(f"{prefix}.mlp.gate_proj.weight", gate)
-        yield _rows(f"{prefix}.mlp.up_proj.weight", up)
-        yield _columns(f"{prefix}.mlp.down_proj.weight", mlp.linear_fc2.weight)
+        with in_memory(layer):
+            yield from _layer(f"model.layers.{layer.layer_number - 1}", layer, hf)
     if model.post_process:
-        yield _replicated("model.norm.weight", model.decoder.final_layernorm.weight)
+        with in_memory(model.decoder.final_layernorm):
+            yield _replicated("model.norm.weight", model.decoder.final_layernorm.weight)
         if not hf.tied:
-            yield _rows("lm_head.weight", model.output_layer.weight)
+            with in_memory(model.output_layer):
+                yield _rows("lm_head.weight", model.output_layer.weight)
+
+
+def _layer(prefix: str, layer: TransformerLayer, hf: HFModelConfig) -> Iterator[_Shard]:
+    attention, mlp = layer.self_attention, layer.mlp
+    yield _replicated(f"{prefix}.input_layernorm.weight", layer.input_layernorm.weight)
+    yield from _qkv(f"{prefix}.self_attn", "weight", attention.linear_qkv.weight, hf)
+    if hf.qkv_bias:
+        yield from _qkv(f"{prefix}.self_attn", "bias", attention.linear_qkv.bias, hf)
+    if hf.qk_norm:
+        yield _replicated(f"{prefix}.self_attn.q_norm.weight", attention.q_layernorm.weight)
+        yield _replicated(f"{prefix}.self_attn.k_norm.weight", attention.k_layernorm.weight)
+    yield _columns(f"{prefix}.self_attn.o_proj.weight", attention.linear_proj.weight)
+    yield _replicated(f"{prefix}.post_attention_layernorm.weight", layer.pre_mlp_layernorm.weight)
+    gate, up = mlp.linear_fc1.weight.chunk(2, dim=0)
+    yield _rows(f"{prefix}.mlp.gate_proj.weight", gate)
+    yield _rows(f"{prefix}.mlp.up_proj.weight", up)
+    yield _columns(f"{prefix}.mlp.down_proj.weight", mlp.linear_fc2.weight)
 
 
 def _qkv(prefix: str, kind: str, parameter: torch.Tensor, hf: HFModelConfig) -> Iterator[_Shard]:
@@ -161,7 +180,7 @@ def _load_shard(shard: _Shard, source: Any, hf: HFModelConfig, runtime: Runtime)
             shard.view.copy_(source[start:stop].view(shard.view.shape))
 
 
-def _tensor_files(path: Path) -> dict[str, str]:
+def tensor_files(path: Path) -> dict[str, str]:
     """Tensor name -> the safetensors file that holds it."""
     index = path / "model.safetensors.index.json"
     if index.is_file():

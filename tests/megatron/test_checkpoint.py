@@ -33,17 +33,11 @@ from nemo_ssopd.config import (
 )
 from nemo_ssopd.hf_config import read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
-from nemo_ssopd.megatron.checkpoint import (
-    CheckpointError,
-    LoopState,
-    base_fingerprint,
-    latest_checkpoint,
-    load_checkpoint,
-    load_policy,
-    save_checkpoint,
-    saved_config,
-)
+from nemo_ssopd.megatron.checkpoint import LoopState, load_checkpoint, save_checkpoint, saved_config
+from nemo_ssopd.megatron.fingerprint import base_fingerprint
+from nemo_ssopd.megatron.policy import load_policy, open_checkpoint, stream_policy
 from nemo_ssopd.megatron.runtime import Runtime, initialize
+from nemo_ssopd.megatron.storage import CheckpointError, latest_checkpoint
 from nemo_ssopd.megatron.weights import hf_weights
 from nemo_ssopd.metrics import Max, Sum
 from nemo_ssopd.types import Sequence, StepCounts, TrainBatch
@@ -384,8 +378,11 @@ def policy_weights(config: Config) -> Tensors:
     runtime = initialize(ONE, seed=1)
     newest = latest_checkpoint(config.run_dir)
     assert newest is not None
-    model = load_policy(newest, runtime, ONE)
-    return {name: tensor.clone() for name, tensor in hf_weights(model, read_hf_config(config.model.path), runtime)}
+    saved = open_checkpoint(newest, runtime)
+    streamed = {name: tensor.clone() for name, tensor in stream_policy(saved, ONE, runtime)}
+    whole = dict(hf_weights(load_policy(saved, ONE, runtime), saved.hf, runtime))
+    assert _difference(streamed, whole) == 0.0
+    return streamed
 
 
 def _actor(config: Config, runtime: Runtime) -> MegatronGRPOActor:
