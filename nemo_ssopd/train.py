@@ -50,6 +50,7 @@ from nemo_ssopd.metrics import (
     merge,
     reduce_across_ranks,
 )
+from nemo_ssopd.model_card import model_card
 from nemo_ssopd.report import read_metrics, write_report
 from nemo_ssopd.rollout.collect import RolloutCollector, Sampling, request_seed
 from nemo_ssopd.rollout.engine import RolloutEngine
@@ -420,7 +421,8 @@ def train(config: Config) -> None:
     ):
         run(trainer, logger, saver, state)
     if config.trainer.export:
-        export_hf(trainer.actor.weights(), config.model.path, run_dir / "hf", runtime)
+        card = model_card(config, config.trainer.max_steps, run_dir, is_adapter=False) if runtime.is_main else None
+        export_hf(trainer.actor.weights(), config.model.path, run_dir / "hf", runtime, card=card)
     if runtime.is_main:
         write_report(run_dir)
         print_summary(run_dir)

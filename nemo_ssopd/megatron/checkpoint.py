@@ -257,6 +257,12 @@ def saved_config(checkpoint: Path) -> Config:
     return Config(**{name: sections[name](**v) if isinstance(v, dict) else v for name, v in values.items()})
 
 
+def saved_step(checkpoint: Path) -> int:
+    """Completed steps; 0 where nothing was trained, or not by us."""
+    state = checkpoint / STATE
+    return int(json.loads(state.read_text())["loop"]["step"]) if state.is_file() else 0
+
+
 def _newest_undamaged(parent: Path, runtime: Runtime) -> Path | None:
     names = on_main(runtime, lambda: [folder.name for folder in checkpoints(parent)])
     problems = []

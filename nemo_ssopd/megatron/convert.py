@@ -1,0 +1,99 @@
+"""What scripts/export_hf.py and scripts/import_hf.py do, on each of their processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from nemo_ssopd.config import ParallelConfig
+from nemo_ssopd.megatron.checkpoint import saved_config, saved_step
+from nemo_ssopd.megatron.export import export_adapter, export_hf
+from nemo_ssopd.megatron.importing import import_hf
+from nemo_ssopd.megatron.policy import SavedPolicy, open_checkpoint, stream_adapters, stream_policy
+from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
+from nemo_ssopd.megatron.storage import CheckpointError
+from nemo_ssopd.megatron.verify import compare_with_export
+from nemo_ssopd.model_card import model_card
+
+__all__ = ["CheckpointError", "export_checkpoint", "find_checkpoint", "import_model"]
+
+
+def export_checkpoint(arguments: argparse.Namespace) -> None:
+    """ValueError for what cannot be exported, and with --verify for what does not compute what the checkpoint does."""
+    output: Path = arguments.output
+    _check_is_new(output)
+    if arguments.verify and arguments.adapter_only and find_spec("peft") is None:
+        raise ValueError("--verify reloads adapters with PEFT, which is not installed: pip install peft")
+    folder = find_checkpoint(arguments.checkpoint)
+    parallel, runtime = _start()
+    saved = open_checkpoint(folder, runtime, base=arguments.base)
+    card = _card(saved, is_adapter=arguments.adapter_only)
+    if arguments.adapter_only:
+        if saved.lora is None:
+            raise ValueError(f"{folder} holds all weights and no adapters: leave --adapter-only out")
+        assert saved.base is not None
+        weights = stream_adapters(saved, parallel, runtime)
+        export_adapter(weights, saved.lora, saved.base, output, runtime, card=card)
+    else:
+        export_hf(stream_policy(saved, parallel, runtime), saved.hf_folder, output, runtime, card=card)
+    _say(runtime, f"{folder} -> {output}")
+    if arguments.verify:
+        _verify(saved, output, parallel, runtime, is_adapter=arguments.adapter_only)
+    shutdown()
+
+
+def import_model(arguments: argparse.Namespace) -> None:
+    """ValueError for a model that cannot be built."""
+    _check_is_new(arguments.output)
+    parallel, runtime = _start()
+    folder = import_hf(arguments.model, arguments.output, parallel, runtime, dtype=arguments.dtype)
+    _say(runtime, f"{arguments.model} -> {folder}")
+    shutdown()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder itself, or the newest iter_* in it or in its checkpoints/; ValueError where there is none."""
+    for folder in (path, path / "checkpoints"):
+        if (folder / ".metadata").is_file():
+            return folder
+        if newest := max((step for step in folder.glob("iter_*") if step.is_dir()), default=None):
+            return newest
+    raise ValueError(f"there is no checkpoint in {path}: give a run_dir, or a folder such as checkpoints/iter_0000100")
+
+
+def _verify(saved: SavedPolicy, output: Path, parallel: ParallelConfig, runtime: Runtime, *, is_adapter: bool) -> None:
+    comparison = compare_with_export(saved, output, parallel, runtime, is_adapter=is_adapter)
+    if comparison is None:
+        return
+    by = "PEFT" if is_adapter else "transformers"
+    if not comparison.is_equal:
+        raise ValueError(
+            f"{output} is not the trained model: by {by}, {comparison.line()}, over {comparison.limit:.0e}"
+        )
+    _say(runtime, f"verified by {by}: {comparison.line()}")
+
+
+def _start() -> tuple[ParallelConfig, Runtime]:
+    processes = int(os.environ["WORLD_SIZE"])
+    parallel = ParallelConfig(world_size=processes, tensor=processes)
+    return parallel, initialize(parallel, seed=1)
+
+
+def _check_is_new(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} holds something: give another folder, or remove it")
+
+
+def _card(saved: SavedPolicy, *, is_adapter: bool) -> str | None:
+    """Of a model that was trained here; an imported one has a card of its own."""
+    step = saved_step(saved.folder)
+    if not step:
+        return None
+    return model_card(saved_config(saved.folder), step, saved.folder.parents[1], is_adapter=is_adapter)
+
+
+def _say(runtime: Runtime, line: str) -> None:
+    if runtime.is_main:
+        print(line, flush=True)
