@@ -24,6 +24,8 @@ _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it when installed.
 CONF = next(folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if folder.is_dir())
 
+MAX_ENGINE_RANK = 512
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -87,6 +89,9 @@ class RolloutConfig:
     """Size of each engine's KV cache without a GPU."""
     max_sequences: int = 256
     """Requests that one engine runs at once."""
+    refit: str = "merged"
+    """What the engine gets after a step: merged, every weight with the adapters added; or adapter, the adapters alone,
+    which vLLM then applies as a LoRA to the base model (ours)."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +312,7 @@ def _check_values(config: Config) -> None:
         config,
         choices={
             "model.dtype": ("bfloat16", "float32"),
+            "rollout.refit": ("merged", "adapter"),
             **{f"algorithm.{name}": allowed for name, allowed in CHOICES.items()},
         },
         at_least_one="parallel.world_size parallel.tensor parallel.threads algorithm.prefixes rollout.group_size "
@@ -326,6 +332,15 @@ def _check_values(config: Config) -> None:
     require(
         0 <= config.algorithm.ema_decay < 1,
         f"algorithm.ema_decay={config.algorithm.ema_decay}: give 0 or more, below 1",
+    )
+    require(
+        config.rollout.refit == "merged" or config.lora.enabled,
+        "rollout.refit=adapter needs lora.enabled=true: without adapters use rollout.refit=merged",
+    )
+    require(
+        config.rollout.refit == "merged" or config.lora.rank <= MAX_ENGINE_RANK,
+        f"rollout.refit=adapter: vLLM takes adapters of rank {MAX_ENGINE_RANK} at the most, and lora.rank is "
+        f"{config.lora.rank}: lower it, or use rollout.refit=merged",
     )
     require("{problem}" in config.data.student_template, "data.student_template lacks {problem}: say where it goes")
     for mark in ("{problem}", "{witness}"):

@@ -34,6 +34,7 @@ from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.checkpoint import CheckpointSaver, LoopState, load_checkpoint
 from nemo_ssopd.megatron.export import export_hf
+from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
 from nemo_ssopd.metrics import (
     ConsoleSink,
@@ -102,7 +103,7 @@ def train_step(trainer: Trainer, step: int) -> Metrics:
             result = trainer.actor.update(batch, trainer.token_loss, aux)
         metrics += [aux_metrics, result.metrics]
     with timer.stage("refit"):
-        trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=step + 1)
+        refit(trainer.actor, trainer.collector.engine, trainer.config, policy_version=step + 1)
     return merge(*metrics, timer.metrics())
 
 
@@ -320,7 +321,7 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
     timer = StageTimer()
     with timer.stage("eval"):
         if trainer.collector.engine.policy_version != step:  # an SFT run leaves the engine alone until it is asked
-            trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=step)
+            refit(trainer.actor, trainer.collector.engine, trainer.config, policy_version=step)
         [samples] = evaluate(
             trainer.collector,
             trainer.data.eval,
@@ -378,6 +379,7 @@ def build_collector(config: Config, data: RunData, runtime: Runtime) -> RolloutC
         cpu_cache_gib=rollout.cpu_cache_gib,
         seed=config.trainer.seed,
         trust_remote_code=config.model.trust_remote_code,
+        lora_rank=config.lora.rank if rollout.refit == "adapter" else 0,
     )
     return RolloutCollector(
         engine,
@@ -411,7 +413,7 @@ def train(config: Config) -> None:
     trainer = build(config, data, runtime)
     state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
     if trainer.optional_collector is not None:
-        trainer.collector.engine.load_weights(trainer.actor.weights(), policy_version=state.step)
+        refit(trainer.actor, trainer.collector.engine, config, policy_version=state.step)
         trainer.collector.engine.sleep()
     if runtime.is_main:
         OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")

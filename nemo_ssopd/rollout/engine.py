@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM 0.20 to 0.32
 
 
 class RolloutEngine:
@@ -44,7 +48,9 @@ class RolloutEngine:
         cpu_cache_gib: float,
         seed: int,
         trust_remote_code: bool = False,
+        lora_rank: int = 0,
     ) -> None:
+        """With `lora_rank`, the weights stay as `model_path` has them, and `load_adapter` brings what is added."""
         on_gpu = torch.cuda.is_available()
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
@@ -71,9 +77,11 @@ class RolloutEngine:
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
             **memory,
+            **_lora_options(lora_rank),
         )
         self._on_gpu = on_gpu
         self._asleep: frozenset[str] = frozenset()
+        self._adapter: LoRARequest | None = None
         self.policy_version = 0
 
     def generate(
@@ -110,7 +118,10 @@ class RolloutEngine:
             for seed in seeds
         ]
         outputs = self._llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], requests, use_tqdm=progress
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            requests,
+            use_tqdm=progress,
+            lora_request=self._adapter,
         )
         return [self._completion(output.outputs[0]) for output in outputs]
 
@@ -137,6 +148,20 @@ class RolloutEngine:
         self._llm.reset_prefix_cache()
         self.policy_version = policy_version
 
+    def load_adapter(self, folder: Path, *, policy_version: int) -> None:
+        """Sample with the PEFT adapter in `folder`, which is read now, in place of the one before.
+
+        Its id is new at every version, so that neither cached prefixes nor a cached adapter of an older one are used.
+        """
+        self._wake(frozenset({"weights"}))
+        adapter = LoRARequest(f"policy-{policy_version}", policy_version + 1, str(folder))
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+        self._llm.llm_engine.add_lora(adapter)
+        self._llm.reset_prefix_cache()
+        self._adapter = adapter
+        self.policy_version = policy_version
+
     def sleep(self) -> None:
         """Give the GPU memory of weights and KV cache back; without a GPU, do nothing."""
         if self._on_gpu and not self._asleep:
@@ -152,3 +177,10 @@ class RolloutEngine:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the engine needs now
             self._llm.wake_up(tags=needed)
             self._asleep -= tags
+
+
+def _lora_options(rank: int) -> dict[str, Any]:
+    """One adapter at a time. vLLM sizes its buffers by a few ranks, and pads smaller ones with zeros."""
+    if rank == 0:
+        return {}
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(size for size in LORA_RANKS if size >= rank)}
