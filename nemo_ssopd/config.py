@@ -322,17 +322,11 @@ def _check_values(config: Config) -> None:
         positive="algorithm.clip optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha",
         not_negative="algorithm.lambda_0 algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
         "algorithm.clip_ratio_high optimizer.weight_decay optimizer.clip_grad optimizer.warmup_steps "
-        "optimizer.decay_steps trainer.save_every trainer.eval_every trainer.keep_checkpoints rollout.tensor "
+        "optimizer.decay_steps algorithm.refills algorithm.overlong_buffer algorithm.importance_cap "
+        "trainer.save_every trainer.eval_every trainer.keep_checkpoints rollout.tensor "
         "evaluation.temperature",
     )
-    require(
-        not config.algorithm.rewards or config.rollout.group_size > 1,
-        f"rollout.group_size={config.rollout.group_size}: advantages compare completions, give at least 2",
-    )
-    require(
-        0 <= config.algorithm.ema_decay < 1,
-        f"algorithm.ema_decay={config.algorithm.ema_decay}: give 0 or more, below 1",
-    )
+    _check_algorithm(config.algorithm, config.rollout)
     require(
         config.rollout.refit == "merged" or config.lora.enabled,
         "rollout.refit=adapter needs lora.enabled=true: without adapters use rollout.refit=merged",
@@ -345,6 +339,24 @@ def _check_values(config: Config) -> None:
     require("{problem}" in config.data.student_template, "data.student_template lacks {problem}: say where it goes")
     for mark in ("{problem}", "{witness}"):
         require(mark in config.data.teacher_template, f"data.teacher_template lacks {mark}: say where it goes")
+
+
+def _check_algorithm(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> None:
+    """What the settings of the objective may be together."""
+    require(
+        not algorithm.rewards or rollout.group_size > 1,
+        f"rollout.group_size={rollout.group_size}: advantages compare completions, give at least 2",
+    )
+    require(0 <= algorithm.ema_decay < 1, f"algorithm.ema_decay={algorithm.ema_decay}: give 0 or more, below 1")
+    require(
+        algorithm.dual_clip == 0 or algorithm.dual_clip > 1,
+        f"algorithm.dual_clip={algorithm.dual_clip}: give a bound on the ratio above 1, or 0 for none",
+    )
+    require(
+        algorithm.overlong_buffer <= rollout.max_new_tokens,
+        f"algorithm.overlong_buffer={algorithm.overlong_buffer} is over rollout.max_new_tokens="
+        f"{rollout.max_new_tokens}: lower it",
+    )
 
 
 def _get(config: Any, name: str) -> Any:

@@ -38,19 +38,42 @@ class AlgorithmConfig:
     wrong_selector: str = "longest"
     """Which wrong completion is distilled: likewise (paper)."""
     teacher: str = "fixed"
-    """The teacher's weights. fixed: the initial ones (paper); live: the current ones; ema: a moving average (ours)."""
-    ema_decay: float = 0.99
-    """Share of the average that stays at each optimizer step, for teacher=ema (ours)."""
+    """The teacher's weights. fixed: the initial ones (paper); live: the current ones; ema: a moving average (OPSD)."""
+    ema_decay: float = 0.999
+    """Share of the average that stays at each optimizer step, for teacher=ema (OPSD)."""
 
-    # The surrogate (paper eq. 2).
+    # The surrogate (paper eq. 2). What follows clip_ratio_low and clip_ratio_high is off by default.
     clip_ratio_low: float = 0.2
     """The surrogate keeps the ratio above 1 - clip_ratio_low (ours)."""
     clip_ratio_high: float = 0.2
-    """The surrogate keeps the ratio below 1 + clip_ratio_high (ours)."""
-    reference_kl: float = 0.0
-    """beta, the weight of the k3 penalty against the reference (OPSD)."""
+    """The surrogate keeps the ratio below 1 + clip_ratio_high (ours; a larger one is DAPO's clip-higher, arXiv
+    2503.14476, there 0.28)."""
+    dual_clip: float = 0.0
+    """Above 1, a bound on the ratio of tokens with a negative advantage too (dual-clip PPO, arXiv 1912.09729, there 3);
+    0 is off."""
+    advantage: str = "std"
+    """std: divided by the group's standard deviation (paper eq. 1); mean: not divided (Dr. GRPO, arXiv 2503.20783);
+    leave_one_out: against the mean of the others (RLOO, arXiv 2402.14740)."""
     advantage_eps: float = 1e-4
     """Added to the standard deviation of a group's rewards (ours)."""
+    normalization: str = "token"
+    """What the loss averages over. token: the batch's tokens (paper eq. 2; DAPO); sequence: each completion's tokens,
+    then completions (GRPO, arXiv 2402.03300); constant: rollout.max_new_tokens, then completions (Dr. GRPO)."""
+    importance_cap: float = 0.0
+    """Above 0, weigh tokens by min(pi_old / pi_sampler, importance_cap) (truncated importance sampling: Yao et al.
+    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"); 0 is off."""
+    refills: int = 0
+    """How often a step may sample other prompts in the place of its uniform groups, which it drops (dynamic sampling of
+    DAPO); what is still missing then is filled with uniform groups. 0 keeps every group."""
+    overlong_mask: bool = False
+    """Leave completions that were cut at the length limit out of the surrogate and its count (overlong filtering of
+    DAPO)."""
+    overlong_buffer: int = 0
+    """Tokens before the length limit over which the reward falls by up to 1 (soft overlong punishment of DAPO)."""
+    reference_kl: float = 0.0
+    """beta, the weight of the penalty against the reference (OPSD)."""
+    reference_penalty: str = "k3"
+    """Its estimator, k1, k2 or k3 (k3: GRPO, arXiv 2402.03300; all: Schulman 2020, "Approximating KL divergence")."""
 
     @property
     def distils(self) -> bool:
@@ -72,5 +95,8 @@ CHOICES = {
     "correct_selector": SELECTORS,
     "wrong_selector": SELECTORS,
     "teacher": ("fixed", "live", "ema"),
+    "advantage": ("std", "mean", "leave_one_out"),
+    "normalization": ("token", "sequence", "constant"),
+    "reference_penalty": ("k1", "k2", "k3"),
 }
 """What the fields with a choice may be."""

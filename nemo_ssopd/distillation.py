@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from nemo_ssopd.algo.selection import frontier_weight, select, split
+from nemo_ssopd.algo.selection import frontier_weight, split
 from nemo_ssopd.config import Config
 from nemo_ssopd.config_algorithm import AlgorithmConfig
 from nemo_ssopd.data.templates import render_teacher
-from nemo_ssopd.metrics import Mean, Metrics, Sum, merge
+from nemo_ssopd.groups import is_mixed, selected
+from nemo_ssopd.metrics import Metrics, Sum, merge
 from nemo_ssopd.types import RolloutGroup
 from nemo_ssopd.types import Sequence as TokenSequence
 
@@ -70,9 +71,9 @@ def targets(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[int]:
     correct, wrong = split(group.rewards)
     if algorithm.targets == "every":
         return sorted(correct + wrong)
-    if not correct or not wrong:
+    if not is_mixed(group):
         return []
-    return wrong if algorithm.targets == "every_wrong" else [_select(group, wrong, algorithm.wrong_selector)]
+    return wrong if algorithm.targets == "every_wrong" else [selected(group, wrong, algorithm.wrong_selector)]
 
 
 def witness_texts(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> list[str | None]:
@@ -94,24 +95,6 @@ def witness_texts(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) ->
     ]
 
 
-def pair_metrics(group: RolloutGroup, algorithm: AlgorithmConfig) -> Metrics:
-    """Lengths of the selected correct and wrong completion of a mixed group, whatever the recipe does with them."""
-    correct, wrong = split(group.rewards)
-    if not correct or not wrong:
-        return {}
-    return {
-        "group/correct_length": Mean(group.lengths[_select(group, correct, algorithm.correct_selector)], 1),
-        "group/wrong_length": Mean(group.lengths[_select(group, wrong, algorithm.wrong_selector)], 1),
-    }
-
-
 def _own_witness(group: RolloutGroup, selector: str) -> str | None:
     correct, _ = split(group.rewards)
-    return group.rollouts[_select(group, correct, selector)].completion.text if correct else None
-
-
-def _select(group: RolloutGroup, candidates: Sequence[int], selector: str) -> int:
-    logprobs = [rollout.completion.logprobs for rollout in group.rollouts]
-    return select(
-        candidates, by=selector, lengths=group.lengths, mean_logprobs=[sum(values) / len(values) for values in logprobs]
-    )
+    return group.rollouts[selected(group, correct, selector)].completion.text if correct else None

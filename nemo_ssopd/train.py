@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -21,15 +21,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from nemo_ssopd.algo.advantages import group_advantages
+from nemo_ssopd.algo.grpo import token_scales
 from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, TokenLoss, grpo_loss, sft_loss
-from nemo_ssopd.algo.selection import is_correct
-from nemo_ssopd.config import AlgorithmConfig, Config, engine_tensor
+from nemo_ssopd.config import Config, engine_tensor
 from nemo_ssopd.data.loading import RunData, load_data
 from nemo_ssopd.data.prompts import PromptOrder
 from nemo_ssopd.data.templates import render_sft
-from nemo_ssopd.distillation import lessons, pair_metrics
+from nemo_ssopd.distillation import lessons
 from nemo_ssopd.evaluation.samples import eval_metrics, evaluate, summary_of, write_samples
+from nemo_ssopd.groups import advantages, group_metrics, is_mixed, kept_groups
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.checkpoint import CheckpointSaver, LoopState, load_checkpoint
@@ -41,7 +41,6 @@ from nemo_ssopd.metrics import (
     JsonlSink,
     Logger,
     Max,
-    Mean,
     Metrics,
     Sink,
     StageTimer,
@@ -80,6 +79,10 @@ class Trainer:
         assert self.optional_collector is not None, "this run samples nothing"
         return self.optional_collector
 
+    @property
+    def prompts_per_rank(self) -> int:
+        return self.config.trainer.prompts_per_step // self.runtime.dp_size
+
 
 # ---- One step --------------------------------------------------------------------------------------------------------
 
@@ -87,13 +90,11 @@ class Trainer:
 def train_step(trainer: Trainer, step: int) -> Metrics:
     """One rollout batch and the optimizer steps on it. `step` counts from 0, and is the engine's policy version."""
     timer = StageTimer()
-    with timer.stage("rollout"):
-        completions = sample_completions(trainer, step)
-    with timer.stage("verify"):
-        groups = grade_groups(trainer, completions)
-        write_rollouts(trainer, step, groups)
+    sampled = sample_groups(trainer, step, timer)
     trainer.collector.engine.sleep()
-    metrics = [group_metrics(groups, trainer.config.algorithm)]
+    groups = kept_groups(sampled, trainer.prompts_per_rank)
+    metrics = [group_metrics(sampled, trainer.config.algorithm)]
+    metrics += [{"group/dropped_uniform": Sum(len(sampled) - len(groups))}]
     with timer.stage("score"):
         batches = make_batches(trainer, groups)
     for part, batch in batches:
@@ -125,19 +126,40 @@ def sft_step(trainer: Trainer, step: int) -> Metrics:
 # ---- Its stages, in order --------------------------------------------------------------------------------------------
 
 
-def local_share(trainer: Trainer, examples: Sequence[Example], step: int) -> list[Example]:
-    """This data-parallel rank's share of the step's examples."""
-    indices = trainer.order.indices(step, trainer.config.trainer.prompts_per_step)
+def local_share(trainer: Trainer, examples: Sequence[Example], step: int, attempt: int = 0) -> list[Example]:
+    """This data-parallel rank's share of the step's examples; later attempts go through them in another order."""
+    order, place = trainer.order, step
+    if attempt:
+        order = replace(order, seed=-1 - order.seed)
+        place = step * trainer.config.algorithm.refills + attempt - 1
+    indices = order.indices(place, trainer.config.trainer.prompts_per_step)
     return [examples[index] for index in indices[trainer.runtime.dp_rank :: trainer.runtime.dp_size]]
 
 
-def sample_completions(trainer: Trainer, step: int) -> list[tuple[RenderedPrompt, list[Completion]]]:
-    """G completions for each of this rank's prompts, by the current policy."""
-    config, prompts = trainer.config, local_share(trainer, trainer.data.train, step)
-    seed, G = config.trainer.seed, config.rollout.group_size
+def sample_groups(trainer: Trainer, step: int, timer: StageTimer) -> list[RolloutGroup]:
+    """This rank's graded groups. With refills, other prompts follow until there are enough mixed groups."""
+    sampled: list[RolloutGroup] = []
+    for attempt in range(1 + trainer.config.algorithm.refills):
+        missing = trainer.prompts_per_rank - sum(map(is_mixed, sampled))
+        if missing:
+            with timer.stage("rollout"):
+                completions = sample_completions(trainer, step, attempt, missing)
+            with timer.stage("verify"):
+                sampled += grade_groups(trainer, completions)
+    write_rollouts(trainer, step, sampled)
+    return sampled
+
+
+def sample_completions(
+    trainer: Trainer, step: int, attempt: int, count: int
+) -> list[tuple[RenderedPrompt, list[Completion]]]:
+    """G completions for each of `count` prompts, by the current policy."""
+    config, G = trainer.config, trainer.config.rollout.group_size
+    prompts = local_share(trainer, trainer.data.train, step, attempt)[:count]
+    seed, use = config.trainer.seed, f"refill {attempt}" if attempt else "train"
     groups = trainer.collector.generate(
         [prompt.tokens for prompt in prompts],
-        seeds=[[request_seed(seed, "train", step, prompt.prompt.id, i) for i in range(G)] for prompt in prompts],
+        seeds=[[request_seed(seed, use, step, prompt.prompt.id, i) for i in range(G)] for prompt in prompts],
         sampling=Sampling(config.rollout.temperature, config.rollout.max_new_tokens),
     )
     assert all(completion.policy_version == step for group in groups for completion in group), "stale engine weights"
@@ -186,13 +208,22 @@ def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> N
 def make_batches(trainer: Trainer, groups: list[RolloutGroup]) -> list[tuple[list[RolloutGroup], TrainBatch]]:
     """One batch per optimizer step, with everything that must be scored before the first of them."""
     updates, algorithm = trainer.config.trainer.updates_per_step, trainer.config.algorithm
+    max_new_tokens = trainer.config.rollout.max_new_tokens
     size = len(groups) // updates
     parts = [groups[start : start + size] for start in range(0, len(groups), size)]
     batches = []
     for part in parts:
         rollouts = [rollout for group in part for rollout in group.rollouts]
         sequences = tuple(rollout.sequence for rollout in rollouts)
-        advantages = [a for group in part for a in advantages_of(group, algorithm)]
+        lengths = [sequence.completion_length for sequence in sequences]
+        kept = [not (algorithm.overlong_mask and rollout.completion.finish_reason == "length") for rollout in rollouts]
+        counts = global_counts(
+            trainer,
+            tokens=sum(length for length, keep in zip(lengths, kept, strict=True) if keep),
+            prompts=len(part),
+            completions=sum(kept),
+        )
+        values = [a for group in part for a in advantages(group, algorithm, max_new_tokens=max_new_tokens)]
         # On the first update the policy is still the sampling policy: its own log-probs, detached, are the old ones.
         old = trainer.actor.logprobs(sequences) if updates > 1 else None
         reference = None
@@ -201,28 +232,29 @@ def make_batches(trainer: Trainer, groups: list[RolloutGroup]) -> list[tuple[lis
                 reference = trainer.actor.logprobs(sequences)
         batch = TrainBatch(
             sequences=sequences,
-            weights=tuple((a,) * s.completion_length for a, s in zip(advantages, sequences, strict=True)),
-            counts=global_counts(trainer, tokens=sum(s.completion_length for s in sequences), prompts=len(part)),
+            weights=tuple((value,) * length for value, length in zip(values, lengths, strict=True)),
+            counts=counts,
             old_logprobs=old,
             reference_logprobs=reference,
             sampler_logprobs=tuple(torch.tensor(rollout.completion.logprobs) for rollout in rollouts),
+            scales=token_scales(
+                lengths,
+                kept,
+                by=algorithm.normalization,
+                tokens=counts.tokens,
+                completions=counts.completions,
+                max_length=max_new_tokens,
+            ),
         )
         batches.append((part, batch))
     return batches
 
 
-def advantages_of(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[float]:
-    """Zero for every completion where the recipe has no reward term: its surrogate and its gradient are then zero."""
-    if not algorithm.rewards:
-        return [0.0] * len(group.rollouts)
-    return group_advantages(group.rewards, eps=algorithm.advantage_eps)
-
-
-def global_counts(trainer: Trainer, *, tokens: int, prompts: int) -> StepCounts:
-    """The denominators: this rank's counts, summed over the data-parallel ranks."""
-    counts = torch.tensor([tokens, prompts], device=trainer.runtime.device)
+def global_counts(trainer: Trainer, *, tokens: int, prompts: int, completions: int = 0) -> StepCounts:
+    """The denominators: this rank's counts, summed over the data-parallel ranks. Without any token, 1 divides zero."""
+    counts = torch.tensor([tokens, prompts, completions], device=trainer.runtime.device)
     dist.all_reduce(counts, group=trainer.runtime.dp_group)
-    return StepCounts(*(int(count) for count in counts))
+    return StepCounts(max(1, int(counts[0])), int(counts[1]), int(counts[2]))
 
 
 def distillation(trainer: Trainer, groups: list[RolloutGroup]) -> tuple[ClippedDistillation | None, Metrics]:
@@ -245,27 +277,6 @@ def distillation(trainer: Trainer, groups: list[RolloutGroup]) -> tuple[ClippedD
         group=trainer.runtime.tp_group,
     )
     return aux, metrics
-
-
-def group_metrics(groups: list[RolloutGroup], algorithm: AlgorithmConfig) -> Metrics:
-    """What the rollouts were like."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    correct = [sum(map(is_correct, group.rewards)) for group in groups]
-    size = len(groups[0].rollouts)
-    tokens = sum(rollout.sequence.completion_length for rollout in rollouts)
-    truncated = sum(rollout.completion.finish_reason == "length" for rollout in rollouts)
-    metrics: Metrics = {
-        "reward/mean": Mean(sum(rollout.reward for rollout in rollouts), len(rollouts)),
-        "group/mixed_fraction": Mean(sum(0 < c < size for c in correct), len(groups)),
-        "group/all_correct_fraction": Mean(sum(c == size for c in correct), len(groups)),
-        "group/all_wrong_fraction": Mean(sum(c == 0 for c in correct), len(groups)),
-        "rollout/tokens": Sum(tokens),
-        "rollout/length_mean": Mean(tokens, len(rollouts)),
-        "rollout/truncated_fraction": Mean(truncated, len(rollouts)),
-        "progress/tokens": Sum(tokens),
-    }
-    reasons: list[Metrics] = [{f"reward/reason/{rollout.reason}": Sum(1)} for rollout in rollouts]
-    return merge(metrics, *reasons, *(pair_metrics(group, algorithm) for group in groups))
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -348,6 +359,9 @@ def build(config: Config, data: RunData, runtime: Runtime) -> Trainer:
         clip_low=algorithm.clip_ratio_low,
         clip_high=algorithm.clip_ratio_high,
         reference_kl=algorithm.reference_kl,
+        penalty=algorithm.reference_penalty,
+        dual_clip=algorithm.dual_clip,
+        importance_cap=algorithm.importance_cap,
     )
     return Trainer(
         config=config,

@@ -156,6 +156,8 @@ class StepCounts:
 
     tokens: int
     prompts: int
+    completions: int = 0
+    """Those that the token loss counts; needed only where it is averaged over completions."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ class TrainBatch:
 
     `weights` has one value per completion token: the advantage for GRPO, 1 or 0 for supervised targets.
     The log-prob tuples hold one [completion length] tensor per sequence, or are None where the recipe has none;
-    `old_logprobs` None means that the policy has not moved since sampling.
+    `old_logprobs` None means that the policy has not moved since sampling. `scales` has a factor for the token losses
+    of each sequence; None is 1 for all.
 
     >>> TrainBatch(sequences=(Sequence((1, 5, 9, 2), 2),), weights=((0.5, 0.5),), counts=StepCounts(2, 1))
     """
@@ -175,3 +178,4 @@ class TrainBatch:
     old_logprobs: tuple[torch.Tensor, ...] | None = None
     reference_logprobs: tuple[torch.Tensor, ...] | None = None
     sampler_logprobs: tuple[torch.Tensor, ...] | None = None
+    scales: tuple[float, ...] | None = None

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_ssopd.config import AlgorithmConfig, Config, DataConfig
 from nemo_ssopd.data.templates import load_tokenizer
-from nemo_ssopd.distillation import Lesson, lessons, pair_metrics
+from nemo_ssopd.distillation import Lesson, lessons
+from nemo_ssopd.groups import pair_metrics
 from nemo_ssopd.metrics import Metrics
 from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, Sequence
 

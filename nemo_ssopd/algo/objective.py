@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from nemo_ssopd.algo.grpo import clipped_surrogate, k3_penalty, ratio_stats
+from nemo_ssopd.algo.grpo import PENALTIES, clipped_surrogate, ratio_stats, truncated_importance
 from nemo_ssopd.metrics import Max, Mean, Metrics, Sum
 from nemo_ssopd.ops.clipped_kl import linear_clipped_kl_with_stats
 
@@ -25,7 +25,7 @@ from nemo_ssopd.ops.clipped_kl import linear_clipped_kl_with_stats
 class TokenInputs:
     """Per-token values of one micro-batch, each [T], at the sampling temperature. Only `logprobs_T` has a gradient.
 
-    `sampler_logprobs_T` and `reference_logprobs_T` are None where the recipe has none.
+    `sampler_logprobs_T` and `reference_logprobs_T` are None where the recipe has none; `scales_T` None is 1 for all.
 
     >>> TokenInputs(logprobs_T=lp, old_logprobs_T=lp.detach(), advantages_T=a, entropy_T=h)
     """
@@ -36,21 +36,31 @@ class TokenInputs:
     entropy_T: torch.Tensor
     reference_logprobs_T: torch.Tensor | None = None
     sampler_logprobs_T: torch.Tensor | None = None
+    scales_T: torch.Tensor | None = None
 
 
 TokenLoss = Callable[[TokenInputs], tuple[torch.Tensor, Metrics]]
 
 
 def grpo_loss(
-    inputs: TokenInputs, *, clip_low: float, clip_high: float, reference_kl: float
+    inputs: TokenInputs,
+    *,
+    clip_low: float,
+    clip_high: float,
+    reference_kl: float,
+    penalty: str = "k3",
+    dual_clip: float = 0.0,
+    importance_cap: float = 0.0,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Sum over T of the clipped surrogate plus reference_kl times the k3 penalty (paper eq. 2); to be minimised."""
+    """Sum over T of the clipped surrogate plus reference_kl times the penalty (paper eq. 2); to be minimised.
+
+    With an `importance_cap` above 0 the surrogate is weighted by `truncated_importance`.
+    """
     tokens = inputs.logprobs_T.numel()
     ratio = inputs.logprobs_T, inputs.old_logprobs_T, inputs.advantages_T
-    surrogate = clipped_surrogate(*ratio, clip_low=clip_low, clip_high=clip_high).sum()
-    stats = ratio_stats(*ratio, clip_low=clip_low, clip_high=clip_high)
+    surrogate_T = clipped_surrogate(*ratio, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    stats = ratio_stats(*ratio, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     metrics: Metrics = {
-        "loss/grpo": Mean(surrogate.item(), tokens),
         "loss/entropy": Mean(inputs.entropy_T.sum().item(), tokens),
         "loss/clip_fraction": Mean(stats.clipped_T.sum().item(), tokens),
     }
@@ -58,11 +68,22 @@ def grpo_loss(
         difference_T = (inputs.old_logprobs_T - inputs.sampler_logprobs_T).abs()
         metrics["rollout/logprob_mismatch"] = Mean(difference_T.sum().item(), tokens)
         metrics["rollout/logprob_mismatch_max"] = Max(difference_T.max().item())
+        if importance_cap > 0:
+            importance_T = truncated_importance(inputs.old_logprobs_T, inputs.sampler_logprobs_T, cap=importance_cap)
+            surrogate_T = surrogate_T * importance_T
+            metrics["loss/importance"] = Mean(importance_T.sum().item(), tokens)
+    surrogate = _scaled_sum(surrogate_T, inputs.scales_T)
+    counted = tokens if inputs.scales_T is None else int(inputs.scales_T.count_nonzero().item())
+    metrics["loss/grpo"] = Mean(surrogate.item(), counted)
     if inputs.reference_logprobs_T is None:
         return surrogate, metrics
-    penalty = k3_penalty(inputs.logprobs_T, inputs.reference_logprobs_T).sum()
-    metrics["loss/reference_kl"] = Mean(penalty.item(), tokens)
-    return surrogate + reference_kl * penalty, metrics
+    reference = _scaled_sum(PENALTIES[penalty](inputs.logprobs_T, inputs.reference_logprobs_T), inputs.scales_T)
+    metrics["loss/reference_kl"] = Mean(reference.item(), counted)
+    return surrogate + reference_kl * reference, metrics
+
+
+def _scaled_sum(values_T: torch.Tensor, scales_T: torch.Tensor | None) -> torch.Tensor:
+    return values_T.sum() if scales_T is None else (values_T * scales_T).sum()
 
 
 def sft_loss(inputs: TokenInputs) -> tuple[torch.Tensor, Metrics]:

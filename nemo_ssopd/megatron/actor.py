@@ -202,7 +202,7 @@ class MegatronGRPOActor:
         def flat(values: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
             return None if values is None else torch.cat([values[row].to(logprobs_T.device) for row in packed.rows])
 
-        old_logprobs_T = flat(batch.old_logprobs)
+        old_logprobs_T, scales = flat(batch.old_logprobs), batch.scales
         return TokenInputs(
             logprobs_T=logprobs_T,
             old_logprobs_T=logprobs_T.detach() if old_logprobs_T is None else old_logprobs_T,
@@ -212,6 +212,11 @@ class MegatronGRPOActor:
             entropy_T=entropy_T,
             reference_logprobs_T=flat(batch.reference_logprobs),
             sampler_logprobs_T=flat(batch.sampler_logprobs),
+            scales_T=None
+            if scales is None
+            else torch.tensor(
+                [scales[row] for row in packed.rows for _ in batch.weights[row]], device=logprobs_T.device
+            ),
         )
 
     # Weights out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_ssopd.algo.advantages import group_advantages
+from nemo_ssopd.algo.advantages import group_advantages, overlong_penalty
 
 
 def test_one_correct_of_four() -> None:
@@ -28,3 +28,17 @@ def test_a_uniform_group_has_exactly_zero_advantages(reward: float) -> None:
 def test_an_empty_group_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one completion"):
         group_advantages([])
+
+
+def test_variants() -> None:
+    # Dr. GRPO: 3/4 and -1/4. RLOO: 1 - 0, and 0 - 1/3.
+    assert group_advantages([0.0, 1.0, 0.0, 0.0], kind="mean") == [-0.25, 0.75, -0.25, -0.25]
+    assert group_advantages([0.0, 1.0, 0.0, 0.0], kind="leave_one_out") == pytest.approx([-1 / 3, 1.0, -1 / 3, -1 / 3])
+    for kind in ("mean", "leave_one_out"):
+        assert group_advantages([0.1] * 3, kind=kind) == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(1, 0.0), (60, 0.0), (70, -0.25), (100, -1.0)])
+def test_overlong_penalty(length: int, penalty: float) -> None:
+    assert overlong_penalty(length, limit=100, buffer=40) == penalty
+    assert overlong_penalty(length, limit=100, buffer=0) == 0.0

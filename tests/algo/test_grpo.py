@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from nemo_ssopd.algo.grpo import clipped_surrogate, k3_penalty, ratio_stats
+from nemo_ssopd.algo.grpo import (
+    PENALTIES,
+    clipped_surrogate,
+    k1_penalty,
+    k2_penalty,
+    k3_penalty,
+    ratio_stats,
+    token_scales,
+)
+from nemo_ssopd.algo.objective import TokenInputs, grpo_loss
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.3
 
@@ -87,3 +97,91 @@ def test_expected_k3_is_the_reverse_kl() -> None:
     reference_V = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
     expected = (pi_V * k3_penalty(pi_V.log(), reference_V.log())).sum()
     torch.testing.assert_close(expected, (pi_V * (pi_V / reference_V).log()).sum())
+
+
+def test_dual_clip_bounds_tokens_with_a_negative_advantage() -> None:
+    # ratio, advantage, loss with c = 3, gradient, clipped. A positive advantage is as without it.
+    cases = [(2.5, -2.0, 5.0, 5.0, False), (4.0, -2.0, 6.0, 0.0, True), (4.0, 2.0, -2.6, 0.0, True)]
+    ratios, advantages, losses, gradients, clipped = (list(column) for column in zip(*cases, strict=True))
+    logprobs_T = torch.tensor(ratios, dtype=torch.float64).log().requires_grad_()
+    inputs = logprobs_T, torch.zeros(3, dtype=torch.float64), torch.tensor(advantages, dtype=torch.float64)
+    loss_T = clipped_surrogate(*inputs, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=3.0)
+    loss_T.sum().backward()
+    assert loss_T.tolist() == pytest.approx(losses)
+    assert logprobs_T.grad is not None and logprobs_T.grad.tolist() == pytest.approx(gradients)
+    stats = ratio_stats(*inputs, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=3.0)
+    assert stats.clipped_T.tolist() == clipped
+
+
+def test_k1_and_k2_values_and_gradients() -> None:
+    # log pi_theta - log pi_ref = -1/2 and 2.
+    reference_T = torch.tensor([-1.0, -3.0], dtype=torch.float64)
+    logprobs_T = torch.tensor([-1.5, -1.0], dtype=torch.float64, requires_grad=True)
+    for penalty, values, gradients in ((k1_penalty, [-0.5, 2.0], [1.0, 1.0]), (k2_penalty, [0.125, 2.0], [-0.5, 2.0])):
+        penalty_T = penalty(logprobs_T, reference_T)
+        (gradient_T,) = torch.autograd.grad(penalty_T.sum(), logprobs_T)
+        assert (penalty_T.tolist(), gradient_T.tolist()) == (values, gradients)
+
+
+def test_expected_k1_is_the_reverse_kl_and_k2_has_its_gradient() -> None:
+    logits_V = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    reference_V = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64).log()
+    logp_V = logits_V.log_softmax(0)
+    p_V = logp_V.exp().detach()
+    kl = (logp_V.exp() * (logp_V - reference_V)).sum()
+    torch.testing.assert_close((p_V * k1_penalty(logp_V, reference_V)).sum(), kl)
+    (expected_V,) = torch.autograd.grad(kl, logits_V, retain_graph=True)
+    for name, has_the_gradient in {"k1": False, "k2": True, "k3": False}.items():
+        estimate = (p_V * PENALTIES[name](logp_V, reference_V)).sum()
+        (gradient_V,) = torch.autograd.grad(estimate, logits_V, retain_graph=True)
+        assert torch.allclose(gradient_V, expected_V) == has_the_gradient, name
+
+
+def batch() -> tuple[TokenInputs, list[int]]:
+    """Three completions of 1, 4 and 3 tokens. Ratios leave the clip's range, and the sampler differs."""
+    generator = torch.Generator().manual_seed(2)
+    old_T, noise_T, sampler_T, reference_T = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    inputs = TokenInputs(
+        logprobs_T=(old_T + 0.5 * noise_T).requires_grad_(),
+        old_logprobs_T=old_T,
+        advantages_T=torch.tensor([1.5] + [-0.5] * 4 + [-1.0] * 3, dtype=torch.float64),
+        entropy_T=torch.zeros(8),
+        reference_logprobs_T=reference_T,
+        sampler_logprobs_T=old_T + 0.3 * sampler_T,
+    )
+    return inputs, [1, 4, 3]
+
+
+def by_hand(inputs: TokenInputs, *, cap: float) -> list[torch.Tensor]:
+    """Each completion's token losses: surrogate, weighted by the truncated ratio, and 0.1 times k3."""
+    losses = []
+    for t in range(8):
+        ratio = (inputs.logprobs_T[t] - inputs.old_logprobs_T[t]).exp()
+        surrogate = torch.min(ratio * inputs.advantages_T[t], ratio.clamp(0.8, 1.3) * inputs.advantages_T[t])
+        weight = (inputs.old_logprobs_T[t] - inputs.sampler_logprobs_T[t]).exp().clamp(max=cap)
+        d = inputs.reference_logprobs_T[t] - inputs.logprobs_T[t]
+        losses.append(-weight * surrogate + 0.1 * (d.exp() - d - 1))
+    return [torch.stack(part) for part in (losses[:1], losses[1:5], losses[5:])]
+
+
+@pytest.mark.parametrize("kept", [(True, True, True), (True, False, True)])
+@pytest.mark.parametrize("by", ["token", "sequence", "constant"])
+def test_normalization_importance_and_masking(by: str, kept: tuple[bool, ...]) -> None:
+    inputs, lengths = batch()
+    tokens, completions = sum(n for n, keep in zip(lengths, kept, strict=True) if keep), sum(kept)
+    scales = token_scales(lengths, kept, by=by, tokens=tokens, completions=completions, max_length=20)
+    if scales is not None:
+        repeated = [scale for scale, n in zip(scales, lengths, strict=True) for _ in range(n)]
+        inputs = replace(inputs, scales_T=torch.tensor(repeated, dtype=torch.float64))
+    total, metrics = grpo_loss(inputs, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, reference_kl=0.1, importance_cap=1.1)
+    parts = [part for part, keep in zip(by_hand(inputs, cap=1.1), kept, strict=True) if keep]
+    expected = {
+        "token": torch.cat(parts).mean(),
+        "sequence": torch.stack([part.mean() for part in parts]).mean(),
+        "constant": torch.stack([part.sum() / 20 for part in parts]).mean(),
+    }[by]
+    torch.testing.assert_close(total / tokens, expected)
+    (gradient_T,) = torch.autograd.grad(total / tokens, inputs.logprobs_T, retain_graph=True)
+    (expected_T,) = torch.autograd.grad(expected, inputs.logprobs_T)
+    torch.testing.assert_close(gradient_T, expected_T)
+    assert 0 < metrics["loss/importance"].value() < 1.1
