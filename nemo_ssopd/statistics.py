@@ -1,7 +1,8 @@
 """Avg@n, pass@k and maj@k from a table of samples, with bootstrap intervals over problems.
 
 P problems, N samples of each. Each score gives one number per problem, whose mean over problems is reported, and
-`estimate` puts an interval around that mean: problems are drawn again, samples within a problem are not.
+`estimate` puts an interval around that mean: problems are drawn again, samples within a problem are not. Scores of
+several runs get theirs from `t_interval`.
 
 >>> estimate(pass_at_k(rewards_PN, k=4))
 Estimate(value=0.71, low=0.58, high=0.83)
@@ -9,12 +10,14 @@ Estimate(value=0.71, low=0.58, high=0.83)
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
 import numpy as np
+import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 Scores = NDArray[np.float64]
@@ -118,7 +121,7 @@ def macro_estimate(
 def paired_bootstrap(
     a_P: ArrayLike, b_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """mean(a) - mean(b) for two runs scored on the same problems in the same order.
+    """mean(a) - mean(b) for two runs scored on the same problems in the same order, or for two arms on the same seeds.
 
     Each resample takes both scores of a problem together, so that how hard the problems are cancels. The difference
     is significant at 1 - confidence when the interval leaves out zero.
@@ -127,6 +130,20 @@ def paired_bootstrap(
     if a.shape != b.shape:
         raise ValueError(f"the runs have scores of shape {a.shape} and {b.shape}: score both on the same problems")
     return estimate(a - b, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def t_interval(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """Mean of independent values, such as one score per run, with Student's t interval; a single value has none (NaN).
+
+    For a paired comparison give the differences.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"values have shape {x.shape}: give one number per run, and at least one run")
+    if x.size == 1:
+        return Estimate(value=float(x[0]), low=math.nan, high=math.nan)
+    half = scipy.stats.t.ppf((1 + confidence) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size)
+    return Estimate(value=float(x.mean()), low=float(x.mean() - half), high=float(x.mean() + half))
 
 
 def summarise(

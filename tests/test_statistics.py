@@ -16,6 +16,7 @@ from nemo_ssopd.statistics import (
     paired_bootstrap,
     pass_at_k,
     summarise,
+    t_interval,
 )
 
 REWARDS = [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]
@@ -148,3 +149,12 @@ def test_the_macro_average_weighs_sets_alike_and_draws_within_them() -> None:
     assert macro_estimate([[0.2, 0.4, 0.9]], seed=3) == estimate([0.2, 0.4, 0.9], seed=3)
     with pytest.raises(ValueError, match="at least one set"):
         macro_estimate([])
+
+
+def test_t_interval_by_hand() -> None:
+    """Differences 1, 2, 3, 4: mean 2.5, standard error sqrt(5/3)/2, and t(0.975, 3) = 3.182446 from the table."""
+    interval = t_interval([1, 2, 3, 4])
+    assert (interval.low, interval.value, interval.high) == pytest.approx((0.445739, 2.5, 4.554261), abs=1e-5)
+    assert np.isnan(t_interval([0.3]).low)
+    with pytest.raises(ValueError, match="one number per run"):
+        t_interval([])

@@ -9,6 +9,9 @@ A problem lists products of two numbers from 2 to 12 (121 facts); the answer is 
 Every fact has one common mistake, which the corpus makes at that fact's own rate (below one half): a model
 trained on the corpus is often wrong when it samples, in a systematic way that reinforcement can repair. The two
 styles give correct completions of different length.
+
+In products-mend a value may be followed by a second attempt, and the last one counts: 6*3=16/18 8*6=48. There a wrong
+prefix can still be mended.
 """
 
 from __future__ import annotations
@@ -21,8 +24,27 @@ from urllib.parse import parse_qsl
 
 from nemo_ssopd.types import Prompt
 
-ITEMS = {"products": (3, 5), "products-hard": (6, 8)}
-"""The fewest and the most products of one problem."""
+
+@dataclass(frozen=True)
+class Task:
+    """A built-in task.
+
+    >>> Task(fewest=3, most=5)
+    """
+
+    fewest: int
+    """The fewest and the most products of one problem."""
+    most: int
+    styles: tuple[str, ...] = ("short", "long")
+    second_attempts: float = 0.0
+    """How often the corpus writes a second value, as likely to be wrong as the first."""
+
+
+TASKS = {
+    "products": Task(3, 5),
+    "products-hard": Task(6, 8),
+    "products-mend": Task(5, 7, styles=("short",), second_attempts=0.3),
+}
 TEACHER_TEMPLATE = "{problem}\nReference:\n{witness}\nNow solve."
 """The privileged user turn of the corpus; `data.teacher_template` of a demo run must say the same."""
 
@@ -34,6 +56,7 @@ EVAL_SHARE = 0.2
 
 Item = tuple[int, int]
 Span = tuple[int, int]
+Attempts = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +106,7 @@ def demo_problems(name: str, *, count: int, seed: int, split: str = "train") -> 
     prompts: dict[str, Prompt] = {}
     while len(prompts) < count:
         items = _draw_items(name, split, rng)
-        solution, _ = _write_solution(items, [a * b for a, b in items], "short")
+        solution, _ = _write_solution(items, [(a * b,) for a, b in items], "short")
         prompt_id = f"{name}-{split}-{seed}-{len(prompts)}"
         prompts.setdefault(_problem(items), Prompt(prompt_id, _problem(items), _last_digits(items), solution))
     return list(prompts.values())
@@ -94,29 +117,42 @@ def demo_corpus(count: int, seed: int, name: str = "products") -> Iterator[Corpu
     rng = random.Random(f"corpus/{name}/{seed}")
     for _ in range(count):
         items = _draw_items(name, "train", rng)
-        style = rng.choice(("short", "long"))
-        yield (_privileged if rng.random() < PRIVILEGED_SHARE else _plain)(items, style, rng)
+        style = rng.choice(TASKS[name].styles)
+        yield (_privileged if rng.random() < PRIVILEGED_SHARE else _plain)(TASKS[name], items, style, rng)
 
 
-def _plain(items: list[Item], style: str, rng: random.Random) -> CorpusExample:
-    """The student's context: common mistakes are targets, and the box follows what was written."""
-    values = [MISTAKES[item].value if rng.random() < MISTAKES[item].rate else item[0] * item[1] for item in items]
-    solution, _ = _write_solution(items, values, style)
+def _plain(task: Task, items: list[Item], style: str, rng: random.Random) -> CorpusExample:
+    """The student's context: common mistakes are targets, and the box follows what was written last."""
+
+    def value(item: Item) -> int:
+        return MISTAKES[item].value if rng.random() < MISTAKES[item].rate else item[0] * item[1]
+
+    attempts: list[Attempts] = [(value(item),) for item in items]
+    if task.second_attempts:
+        attempts = [
+            (*first, value(item)) if rng.random() < task.second_attempts else first
+            for item, first in zip(items, attempts, strict=True)
+        ]
+    solution, _ = _write_solution(items, attempts, style)
     return CorpusExample(_problem(items), solution)
 
 
-def _privileged(items: list[Item], style: str, rng: random.Random) -> CorpusExample:
+def _privileged(task: Task, items: list[Item], style: str, rng: random.Random) -> CorpusExample:
     """The teacher's context: a clean witness and a clean target, with masked mistakes to recover from.
 
-    The box is right even after a mistake: the witness, not the prefix, is to be trusted.
+    The box is right even after a mistake: the witness, not the prefix, is to be trusted. Where the task has second
+    attempts, a mistake is mended at once, and nothing else is.
     """
-    other_style = "long" if style == "short" else "short"
-    target_style = style if rng.random() < WITNESS_STYLE_SHARE else other_style
-    right = [a * b for a, b in items]
+    keeps_style = rng.random() < WITNESS_STYLE_SHARE
+    target_style = style if keeps_style else next((other for other in task.styles if other != style), style)
+    right: list[Attempts] = [(a * b,) for a, b in items]
     witness, _ = _write_solution(items, right, style)
     mistaken = [rng.random() < MASKED_MISTAKE_SHARE for _ in items]
-    values = [MISTAKES[a, b].value if wrong else a * b for (a, b), wrong in zip(items, mistaken, strict=True)]
-    solution, spans = _write_solution(items, values, target_style, answer=_last_digits(items))
+    attempts = [
+        (MISTAKES[item].value, *(clean if task.second_attempts else ())) if wrong else clean
+        for item, clean, wrong in zip(items, right, mistaken, strict=True)
+    ]
+    solution, spans = _write_solution(items, attempts, target_style, answer=_last_digits(items))
     user = TEACHER_TEMPLATE.format(
         problem=_problem(items), witness=witness.replace("<think>", "").replace("</think>", "")
     )
@@ -124,25 +160,26 @@ def _privileged(items: list[Item], style: str, rng: random.Random) -> CorpusExam
 
 
 def _write_solution(
-    items: list[Item], values: list[int], style: str, answer: str | None = None
+    items: list[Item], attempts: list[Attempts], style: str, answer: str | None = None
 ) -> tuple[str, list[Span]]:
-    """The solution, and where in it each value stands. Without `answer`, the box follows the values."""
+    """The solution, and where in it each first attempt stands. Without `answer`, the box follows the last attempts."""
     text = "<think>"
     spans = []
-    for index, ((a, b), value) in enumerate(zip(items, values, strict=True)):
+    for index, ((a, b), values) in enumerate(zip(items, attempts, strict=True)):
         text += " " if index else ""
         text += f"{a}*{b}=" if style == "short" else f"{a}*{b}={b}*{a}="
-        spans.append((len(text), len(text) + len(str(value))))
-        text += str(value)
-    box = answer or "".join(str(value)[-1] for value in values)
+        spans.append((len(text), len(text) + len(str(values[0]))))
+        text += "/".join(map(str, values))
+    box = answer or "".join(str(values[-1])[-1] for values in attempts)
     return f"{text}</think>\\boxed{{{box}}}", spans
 
 
 def _draw_items(name: str, split: str, rng: random.Random) -> list[Item]:
-    if name not in ITEMS:
-        raise ValueError(f"there is no built-in task {name!r}, only {', '.join(ITEMS)}")
+    if name not in TASKS:
+        raise ValueError(f"there is no built-in task {name!r}, only {', '.join(TASKS)}")
+    task = TASKS[name]
     while True:
-        items = [(rng.randint(2, 12), rng.randint(2, 12)) for _ in range(rng.randint(*ITEMS[name]))]
+        items = [(rng.randint(2, 12), rng.randint(2, 12)) for _ in range(rng.randint(task.fewest, task.most))]
         if _split_of(_problem(items)) == split:
             return items
 

@@ -3,7 +3,7 @@ import statistics
 
 import pytest
 
-from nemo_ssopd.data.demo import ITEMS, MISTAKES, demo_corpus, demo_problems, load_demo
+from nemo_ssopd.data.demo import MISTAKES, TASKS, demo_corpus, demo_problems, load_demo
 
 
 def last_digits_of(solution):
@@ -12,9 +12,9 @@ def last_digits_of(solution):
 
 
 def test_answers_and_solutions_by_independent_arithmetic():
-    for name, (fewest, most) in ITEMS.items():
+    for name, task in TASKS.items():
         prompts = demo_problems(name, count=300, seed=3)
-        assert {len(prompt.problem.split()) for prompt in prompts} == set(range(fewest, most + 1))
+        assert {len(prompt.problem.split()) for prompt in prompts} == set(range(task.fewest, task.most + 1))
         for prompt in prompts:
             products = [eval(item) for item in prompt.problem.split()]
             assert prompt.answer == "".join(str(product % 10) for product in products)
@@ -122,3 +122,34 @@ def test_privileged_examples_are_clean_where_they_are_targets():
         same_style += (thinking.count("=") > len(products)) == (witness.count("=") > len(products))
     assert masked / items == pytest.approx(0.2, abs=0.02)
     assert same_style / len(privileged) == pytest.approx(0.75, abs=0.03)
+
+
+def test_second_attempts_count_and_are_as_often_wrong_as_the_first():
+    items = second = wrong = 0
+    for example in demo_corpus(5000, seed=5, name="products-mend"):
+        if "Reference" in example.user:
+            continue
+        lines = re.findall(r"(\d+)\*(\d+)=([\d/]+)(?= |</think>)", example.assistant)
+        box = "".join(values[-1] for *_, values in lines)
+        assert example.assistant.endswith(f"</think>\\boxed{{{box}}}")
+        for a, b, values in lines:
+            attempts = [int(value) for value in values.split("/")]
+            assert set(attempts) <= {int(a) * int(b), MISTAKES[int(a), int(b)].value}
+            items += 1
+            second += len(attempts) - 1
+            wrong += len(attempts) > 1 and attempts[1] != int(a) * int(b)
+    assert second / items == pytest.approx(0.3, abs=0.01)
+    assert wrong / second == pytest.approx(0.22, abs=0.01)
+
+
+def test_a_privileged_example_mends_every_masked_mistake_and_nothing_else():
+    for example in demo_corpus(2000, seed=5, name="products-mend"):
+        if "Reference" not in example.user:
+            continue
+        masked = [example.assistant[start:end] for start, end in example.masked_spans]
+        for a, b, values in re.findall(r"(\d+)\*(\d+)=([\d/]+)(?= |</think>)", example.assistant):
+            first, *rest = values.split("/")
+            right = str(int(a) * int(b))
+            assert rest == ([] if first == right else [right])
+            assert first == right or first == masked.pop(0)
+        assert not masked
