@@ -136,16 +136,15 @@ Pairing = tuple[str, ...]
 SCORES: dict[str, Callable[[FinishedRun], float]] = {"final": lambda run: run.final, "AUC": lambda run: run.auc}
 
 
-def by_arm(runs: Sequence[FinishedRun], axis: str) -> dict[str, dict[Pairing, FinishedRun]]:
-    """The runs of each level of `axis`, in the order of the file. ValueError for two runs in the same place."""
+def by_arm(runs: Sequence[FinishedRun], axes: Sequence[str]) -> dict[str, dict[Pairing, FinishedRun]]:
+    """The runs of each combination of levels of `axes`, in their order. ValueError for two runs in the same place."""
     arms: dict[str, dict[Pairing, FinishedRun]] = defaultdict(dict)
     for run in runs:
-        pairing = (*(level for name, level in run.levels.items() if name != axis), str(run.seed))
-        if pairing in arms[run.levels[axis]]:
-            raise ValueError(
-                f"two runs of {axis} {run.levels[axis]} at {', '.join(pairing)}: compare one sweep at a time"
-            )
-        arms[run.levels[axis]][pairing] = run
+        arm = " ".join(run.levels[name] for name in axes)
+        pairing = (*(level for name, level in run.levels.items() if name not in axes), str(run.seed))
+        if pairing in arms[arm]:
+            raise ValueError(f"two runs of {arm} at {', '.join(pairing)}: compare each run once")
+        arms[arm][pairing] = run
     return dict(arms)
 
 
@@ -156,9 +155,9 @@ def differences(
     return {key: score(ours[key]) - score(theirs[key]) for key in sorted(ours.keys() & theirs.keys())}
 
 
-def table(runs: Sequence[FinishedRun], axis: str, baseline: str) -> str:
+def table(runs: Sequence[FinishedRun], axes: Sequence[str], baseline: str) -> str:
     """Markdown: the scores and costs of each arm, then each arm against the baseline over all pairs and by start."""
-    arms = by_arm(runs, axis)
+    arms, axis = by_arm(runs, axes), " ".join(axes)
     lines = [
         f"| {axis} | runs | final Avg@n | AUC | rollouts | tokens | s / step | CPU s / run |",
         "|---|---|---|---|---|---|---|---|",
@@ -172,7 +171,7 @@ def table(runs: Sequence[FinishedRun], axis: str, baseline: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Against {baseline}, in points of Avg@n, 95 % intervals over the pairs:", ""]
     lines += [
-        f"| {axis} | score | pairs | difference, paired t | paired bootstrap | by {', '.join(others(runs, axis))} |"
+        f"| {axis} | score | pairs | difference, paired t | paired bootstrap | by {', '.join(others(runs, axes))} |"
     ]
     lines += ["|---|---|---|---|---|---|"]
     for arm in arms:
@@ -186,8 +185,8 @@ def table(runs: Sequence[FinishedRun], axis: str, baseline: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def others(runs: Sequence[FinishedRun], axis: str) -> list[str]:
-    return [name for name in runs[0].levels if name != axis] or ["nothing else"]
+def others(runs: Sequence[FinishedRun], axes: Sequence[str]) -> list[str]:
+    return [name for name in runs[0].levels if name not in axes] or ["nothing else"]
 
 
 def by_group(found: Mapping[Pairing, float]) -> str:
@@ -216,19 +215,19 @@ PANELS = (
 MORE_PANELS = (("Entropy", "loss/entropy"), ("Unclipped KL", "ssopd/kl_unclipped"), ("KL cut", "ssopd/clipped_mass"))
 
 
-def draw(runs: Sequence[FinishedRun], axis: str, title: str) -> Figure:
+def draw(runs: Sequence[FinishedRun], axes: Sequence[str], title: str) -> Figure:
     """Means over the runs of an arm, with the t interval of the mean as a band."""
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, key) in zip(figure.subplots(2, 3).flat, PANELS + MORE_PANELS, strict=True):
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        for colour, (arm, by_pairing) in zip(itertools.cycle(COLOURS), by_arm(runs, axis).items(), strict=False):
+    for plot, (name, key) in zip(figure.subplots(2, 3).flat, PANELS + MORE_PANELS, strict=True):
+        plot.set_title(name, fontsize=10)
+        plot.set_xlabel("step", fontsize=8)
+        for colour, (arm, by_pairing) in zip(itertools.cycle(COLOURS), by_arm(runs, axes).items(), strict=False):
             curves = [run.curve if key is None else step_curve(run, key) for run in by_pairing.values()]
             steps = sorted({step for curve in curves for step in curve})
             means = [t_interval([curve[step] for curve in curves if step in curve]) for step in steps]
-            axes.plot(steps, [m.value for m in means], color=colour, label=arm, linewidth=1.5)
-            axes.fill_between(
+            plot.plot(steps, [m.value for m in means], color=colour, label=arm, linewidth=1.5)
+            plot.fill_between(
                 steps, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.2, linewidth=0
             )
     figure.axes[0].legend(fontsize=8)
@@ -246,8 +245,10 @@ def main() -> None:
     collecting.add_argument("sweep_dir", type=Path)
     collecting.add_argument("output", type=Path, help="a .jsonl file")
     comparing = commands.add_parser("compare", help="tables and curves from raw metrics")
-    comparing.add_argument("metrics", type=Path, help="a .jsonl file that collect wrote")
-    comparing.add_argument("--axis", default="recipe", help="the axis whose levels are the arms (default recipe)")
+    comparing.add_argument("metrics", type=Path, nargs="+", help=".jsonl files that collect wrote")
+    comparing.add_argument(
+        "--axis", nargs="+", default=["recipe"], help="axes whose levels are the arms (default recipe)"
+    )
     comparing.add_argument(
         "--baseline", default="grpo", help="the arm that the others are compared with (default grpo)"
     )
@@ -259,14 +260,13 @@ def main() -> None:
         arguments.output.write_text("".join(lines), encoding="utf-8")
         print(f"{len(lines)} runs in {arguments.output}")
         return
-    runs = read_runs(arguments.metrics)
-    if not runs or arguments.baseline not in by_arm(runs, arguments.axis):
-        sys.exit(
-            f"error: {arguments.metrics} has no run of {arguments.axis} {arguments.baseline}: name another --baseline"
-        )
-    text = table(runs, arguments.axis, arguments.baseline)
+    runs = [run for path in arguments.metrics for run in read_runs(path)]
+    sources = ", ".join(path.name for path in arguments.metrics)
+    if arguments.baseline not in by_arm(runs, arguments.axis):
+        sys.exit(f"error: no run of {arguments.baseline} in {sources}: name another --baseline")
+    text = f"From {sources}.\n\n" + table(runs, arguments.axis, arguments.baseline)
     arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    draw(runs, arguments.axis, arguments.output.name).savefig(arguments.output.with_suffix(".png"), dpi=80)
+    draw(runs, arguments.axis, sources).savefig(arguments.output.with_suffix(".png"), dpi=80)
     print(text)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,21 +21,9 @@ from scripts.sweep import Sweep, read_sweep, runs_of
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "benchmarks" / "sweeps").glob("*.yaml"))
-RESULTS = sorted((ROOT / "docs" / "results").glob("*.jsonl"))
-T_975 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-    11: 2.228,
-    12: 2.201,
-}
-"""Student's t(0.975) for n values, from the printed table."""
+TABLES = sorted((ROOT / "docs" / "results").glob("*.md"))
+T_975 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t(0.975) for n values, by n, from the printed table."""
 
 
 def sweep_command(*arguments: str) -> list[str]:
@@ -163,9 +153,38 @@ def test_the_table_by_hand() -> None:
     """Differences of 0.02, 0.04, 0.06, 0.08: as in test_statistics, scaled; seed 5 has no partner."""
     runs = [made_up("grpo", seed, 0.5) for seed in range(1, 6)]
     runs += [made_up("ssopd", seed, 0.5 + 0.02 * seed) for seed in range(1, 5)]
-    text = table(runs, "recipe", "grpo")
+    text = table(runs, ["recipe"], "grpo")
     assert "| ssopd | final | 4 | +5.0 [+0.9, +9.1] |" in text
     assert "| ssopd | AUC | 4 | +2.5 [+0.4, +4.6] |" in text
     assert "| grpo | 5 | 50.0 % [50.0, 50.0] | 45.0 % [45.0, 45.0] | 640 | 1000 | 0.50 | 8 |" in text
-    with pytest.raises(ValueError, match="two runs of recipe grpo"):
-        table([*runs, runs[0]], "recipe", "grpo")
+    with pytest.raises(ValueError, match="two runs of grpo at a, 1"):
+        table([*runs, runs[0]], ["recipe"], "grpo")
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_published_intervals_follow_from_the_raw_metrics(path: Path) -> None:
+    """Every paired t interval of the final score, from the JSON lines and the printed t table alone."""
+    text = path.read_text()
+    sources = text.splitlines()[0].removeprefix("From ").removesuffix(".").split(", ")
+    rows = [json.loads(line) for source in sources for line in (path.parent / source).read_text().splitlines()]
+    axes, baseline = (
+        re.search(pattern, text).group(1) for pattern in (r"\n\| (.*?) \| runs", r"Against (.*?), in points")
+    )
+    finals: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
+    for row in rows:
+        arm = " ".join(row["levels"][axis] for axis in axes.split())
+        place = tuple(level for axis, level in row["levels"].items() if axis not in axes.split())
+        curve = row["evaluations"]["eval/avg_at_n"]
+        finals[arm][(*place, row["seed"])] = curve[max(curve, key=int)]
+    checked = 0
+    for arm in finals.keys() - {baseline}:
+        d = [finals[arm][place] - finals[baseline][place] for place in finals[arm].keys() & finals[baseline].keys()]
+        if not 1 < len(d) < len(T_975):
+            continue
+        half = T_975[len(d)] * statistics.stdev(d) / len(d) ** 0.5
+        printed = re.search(rf"\n\| {re.escape(arm)} \| final \| {len(d)} \| (\S+) \[(\S+), (\S+)\]", text)
+        assert printed, arm
+        expected = [100 * statistics.mean(d), 100 * (statistics.mean(d) - half), 100 * (statistics.mean(d) + half)]
+        assert [float(number) for number in printed.groups()] == pytest.approx(expected, abs=0.06), arm
+        checked += 1
+    assert checked
