@@ -319,8 +319,10 @@ def _check_values(config: Config) -> None:
         "rollout.max_prompt_tokens rollout.max_new_tokens rollout.max_sequences verifier.workers trainer.max_steps "
         "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens "
         "evaluation.samples evaluation.max_new_tokens lora.rank trainer.max_skipped_steps",
-        positive="algorithm.clip optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha",
-        not_negative="algorithm.lambda_0 algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
+        positive="algorithm.clip algorithm.position_decay "
+        "optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha",
+        not_negative="algorithm.lambda_0 algorithm.contrast "
+        "algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
         "algorithm.clip_ratio_high optimizer.weight_decay optimizer.clip_grad optimizer.warmup_steps "
         "optimizer.decay_steps algorithm.refills algorithm.overlong_buffer algorithm.importance_cap "
         "trainer.save_every trainer.eval_every trainer.keep_checkpoints rollout.tensor "
@@ -348,6 +350,7 @@ def _check_algorithm(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> None
         f"rollout.group_size={rollout.group_size}: advantages compare completions, give at least 2",
     )
     require(0 <= algorithm.ema_decay < 1, f"algorithm.ema_decay={algorithm.ema_decay}: give 0 or more, below 1")
+    require(algorithm.position_decay <= 1, f"algorithm.position_decay={algorithm.position_decay}: give at most 1")
     require(
         algorithm.dual_clip == 0 or algorithm.dual_clip > 1,
         f"algorithm.dual_clip={algorithm.dual_clip}: give a bound on the ratio above 1, or 0 for none",

@@ -41,6 +41,16 @@ class AlgorithmConfig:
     """The teacher's weights. fixed: the initial ones (paper); live: the current ones; ema: a moving average (OPSD)."""
     ema_decay: float = 0.999
     """Share of the average that stays at each optimizer step, for teacher=ema (OPSD)."""
+    divergence: str = "forward_kl"
+    """From teacher to student: forward_kl (paper), reverse_kl or jsd (GKD, arXiv 2306.13649)."""
+    clip_unit: str = "summand"
+    """What `clip` caps. summand: each token of the vocabulary (paper); token: the sum, a position's loss (ours)."""
+    position_decay: float = 1.0
+    """Position t of a prefix weighs position_decay^t, normalised; 1 weighs all alike (paper), less favours the start
+    (ours)."""
+    contrast: float = 0.0
+    """Above 0, a second teacher reads the group's selected wrong completion as if it were correct, and contrast times
+    the loss against it is subtracted (ours)."""
 
     # The surrogate (paper eq. 2). What follows clip_ratio_low and clip_ratio_high is off by default.
     clip_ratio_low: float = 0.2
@@ -95,6 +105,8 @@ CHOICES = {
     "correct_selector": SELECTORS,
     "wrong_selector": SELECTORS,
     "teacher": ("fixed", "live", "ema"),
+    "divergence": ("forward_kl", "reverse_kl", "jsd"),
+    "clip_unit": ("summand", "token"),
     "advantage": ("std", "mean", "leave_one_out"),
     "normalization": ("token", "sequence", "constant"),
     "reference_penalty": ("k1", "k2", "k3"),

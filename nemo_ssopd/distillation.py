@@ -16,7 +16,7 @@ from nemo_ssopd.config import Config
 from nemo_ssopd.config_algorithm import AlgorithmConfig
 from nemo_ssopd.data.templates import render_teacher
 from nemo_ssopd.groups import is_mixed, selected
-from nemo_ssopd.metrics import Metrics, Sum, merge
+from nemo_ssopd.metrics import Metrics, Sum
 from nemo_ssopd.types import RolloutGroup
 from nemo_ssopd.types import Sequence as TokenSequence
 
@@ -25,12 +25,15 @@ from nemo_ssopd.types import Sequence as TokenSequence
 class Lesson:
     """One distilled completion: its number among the groups' rollouts, what the teacher reads, and its weight.
 
+    `away` is what a second teacher reads, whose pull is subtracted.
+
     >>> Lesson(row=9, teacher=TokenSequence((1, 5, 9, 7, 9, 2), prompt_length=4), weight=0.1875)
     """
 
     row: int
     teacher: TokenSequence
     weight: float
+    away: TokenSequence | None = None
 
 
 def lessons(
@@ -42,28 +45,34 @@ def lessons(
     """
     algorithm = config.algorithm
     planned: list[Lesson] = []
-    metrics: Metrics = {f"ssopd/{name}": Sum(0) for name in ("pairs", "dropped_long_teacher", "dropped_no_witness")}
+    dropped = {"long_teacher": 0, "no_witness": 0}
     first_row = 0
     for group, witness in zip(groups, witness_texts(groups, algorithm), strict=True):
         weight = frontier_weight(group.rewards, lambda_0=algorithm.lambda_0, shape=algorithm.frontier)
         chosen = targets(group, algorithm) if weight > 0 else []
+        wrong = _wrong_attempt(group, algorithm) if algorithm.contrast > 0 else None
+        prompt = None if witness is None else render_teacher(tokenizer, group.prompt, witness, config.data)
+        away = None if wrong is None else render_teacher(tokenizer, group.prompt, wrong, config.data)
         for index in chosen:
             completion = group.rollouts[index].sequence
             prefix = completion.completion[: algorithm.prefixes]
-            if algorithm.witness == "none":
-                prompt = completion.prompt
-            elif witness is None:
-                metrics = merge(metrics, {"ssopd/dropped_no_witness": Sum(1)})
-                continue
+            read = completion.prompt if algorithm.witness == "none" else prompt
+            if read is None:
+                dropped["no_witness"] += 1
+            elif max(len(read), len(away or ())) + len(prefix) > max_length:
+                dropped["long_teacher"] += 1
             else:
-                prompt = render_teacher(tokenizer, group.prompt, witness, config.data)
-            if len(prompt) + len(prefix) > max_length:
-                metrics = merge(metrics, {"ssopd/dropped_long_teacher": Sum(1)})
-                continue
-            teacher = TokenSequence(prompt + prefix, len(prompt))
-            planned.append(Lesson(first_row + index, teacher, weight / len(chosen)))
+                planned.append(
+                    Lesson(
+                        row=first_row + index,
+                        teacher=TokenSequence(read + prefix, len(read)),
+                        weight=weight / len(chosen),
+                        away=None if away is None else TokenSequence(away + prefix, len(away)),
+                    )
+                )
         first_row += len(group.rollouts)
-    return planned, metrics
+    metrics: Metrics = {f"ssopd/dropped_{reason}": Sum(count) for reason, count in dropped.items()}
+    return planned, {"ssopd/pairs": Sum(0), **metrics}
 
 
 def targets(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[int]:
@@ -93,6 +102,11 @@ def witness_texts(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) ->
         next((own[o] for o in others[g] if own[o] is not None and groups[o].prompt.id != group.prompt.id), None)
         for g, group in enumerate(groups)
     ]
+
+
+def _wrong_attempt(group: RolloutGroup, algorithm: AlgorithmConfig) -> str | None:
+    _, wrong = split(group.rewards)
+    return group.rollouts[selected(group, wrong, algorithm.wrong_selector)].completion.text if wrong else None
 
 
 def _own_witness(group: RolloutGroup, selector: str) -> str | None:

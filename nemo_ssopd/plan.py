@@ -286,6 +286,7 @@ def plan(config: Config, hf: HFModelConfig, machine: Machine) -> MemoryPlan:
         prefix = min(config.algorithm.prefixes, config.rollout.max_new_tokens)
         group = config.rollout.group_size
         distilled = {"wrong": 1, "every_wrong": group - 1, "every": group}[config.algorithm.targets]
+        distilled *= 2 if config.algorithm.contrast > 0 else 1  # of a second teacher
         states = {"teacher states": update_prompts * distilled * prefix * hf.hidden_size * width}
     current = {} if config.lora.enabled else {"current weights": parameters(hf, tensor) * width}
     kv_bytes = 2 * hf.num_layers * Widths(hf, engine_tensor(config)).KV * width

@@ -263,18 +263,25 @@ def distillation(trainer: Trainer, groups: list[RolloutGroup]) -> tuple[ClippedD
     if not algorithm.distils:
         return None, {}
     planned, metrics = lessons(groups, config, trainer.data.tokenizer, max_length=trainer.hf.max_position_embeddings)
+    away = [lesson.away for lesson in planned if lesson.away is not None]
     with trainer.actor.teacher():
-        hidden = trainer.actor.hidden_states([lesson.teacher for lesson in planned])
+        hidden = iter(trainer.actor.hidden_states([lesson.teacher for lesson in planned] + away))
+    teacher_hidden = [next(hidden) for _ in planned]
+    targets = {
+        lesson.row: DistillTarget(hidden_KH, lesson.weight, None if lesson.away is None else next(hidden))
+        for lesson, hidden_KH in zip(planned, teacher_hidden, strict=True)
+    }
     aux = ClippedDistillation(
-        targets={
-            lesson.row: DistillTarget(hidden_KH, lesson.weight)
-            for lesson, hidden_KH in zip(planned, hidden, strict=True)
-        },
+        targets=targets,
         clip=algorithm.clip,
         temperature=config.rollout.temperature,
         chunk_tokens=config.trainer.chunk_tokens,
         vocab_size=trainer.hf.vocab_size,
         group=trainer.runtime.tp_group,
+        divergence=algorithm.divergence,
+        clip_unit=algorithm.clip_unit,
+        position_decay=algorithm.position_decay,
+        contrast=algorithm.contrast,
     )
     return aux, metrics
 

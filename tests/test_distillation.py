@@ -138,3 +138,12 @@ def test_a_teacher_context_that_does_not_fit_is_counted(tokenizer) -> None:
 
 def test_uniform_groups_have_no_pair() -> None:
     assert pair_metrics(WRONG, AlgorithmConfig()) == {}
+
+
+def test_the_second_teacher_reads_the_wrong_attempt(tokenizer) -> None:
+    (lesson,), _ = plan(tokenizer, [MIXED], contrast=0.5)
+    assert lesson.away is not None
+    assert witnesses(tokenizer, [replace(lesson, teacher=lesson.away)]) == ["1*2 2"]
+    assert lesson.away.completion == lesson.teacher.completion
+    (without,), _ = plan(tokenizer, [MIXED])
+    assert without == replace(lesson, away=None)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from nemo_ssopd.algo.grpo import PENALTIES, clipped_surrogate, ratio_stats, truncated_importance
 from nemo_ssopd.metrics import Max, Mean, Metrics, Sum
-from nemo_ssopd.ops.clipped_kl import linear_clipped_kl_with_stats
+from nemo_ssopd.ops.clipped_kl import ClippedKLStats, linear_clipped_kl_with_stats
+from nemo_ssopd.ops.divergences import Divergence, linear_divergence
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,14 @@ class AuxLoss(Protocol):
 class DistillTarget:
     """The teacher's final hidden states at the first K completion positions of `y-`, and the group's weight.
 
+    A second teacher's, whose pull is subtracted, are `away_hidden_KH`.
+
     >>> DistillTarget(teacher_hidden_KH=torch.zeros(64, 128), weight=0.25)
     """
 
     teacher_hidden_KH: torch.Tensor
     weight: float
+    away_hidden_KH: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,10 @@ class ClippedDistillation:
 
     Teacher and student share the output layer, so hidden states of both are all it takes. `targets` maps the
     batch's sequence index of `y-` to its target.
+
+    What is not the paper's: another `divergence` or `clip_unit` (see `ops/divergences.py`); position t weighs
+    position_decay^t, as a share of the sum over the prefix; `contrast` times the loss against the second teacher is
+    subtracted.
     """
 
     targets: Mapping[int, DistillTarget]
@@ -130,27 +138,20 @@ class ClippedDistillation:
     chunk_tokens: int
     vocab_size: int
     group: torch.distributed.ProcessGroup | None
+    divergence: str = "forward_kl"
+    clip_unit: str = "summand"
+    position_decay: float = 1.0
+    contrast: float = 0.0
 
     def positions(self, sequence: int) -> int:
         return len(self.targets[sequence].teacher_hidden_KH) if sequence in self.targets else 0
 
     def __call__(self, sequence: int, hidden_KH: torch.Tensor, weight_WH: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
         target = self.targets[sequence]
-        loss_K, stats = linear_clipped_kl_with_stats(
-            hidden_KH,
-            target.teacher_hidden_KH,
-            weight_WH,
-            clip=self.clip,
-            temperature=self.temperature,
-            group=self.group,
-            chunk_tokens=self.chunk_tokens,
-            vocab_size=self.vocab_size,
-        )
-        loss = loss_K.mean()
+        loss_K, stats = self._divergence(hidden_KH, target.teacher_hidden_KH, weight_WH)
         K = len(loss_K)
         kl = stats.kl_T.sum().item()
         metrics: Metrics = {
-            "ssopd/loss": Mean(loss.item(), 1),
             "ssopd/weight": Mean(target.weight, 1),
             "ssopd/pairs": Sum(1),
             "ssopd/kl_unclipped": Mean(kl, K),
@@ -159,4 +160,30 @@ class ClippedDistillation:
             "ssopd/teacher_entropy": Mean(stats.teacher_entropy_T.sum().item(), K),
             "ssopd/student_entropy": Mean(stats.student_entropy_T.sum().item(), K),
         }
+        if target.away_hidden_KH is not None:
+            away_K, away_stats = self._divergence(hidden_KH, target.away_hidden_KH, weight_WH)
+            loss_K = loss_K - self.contrast * away_K
+            metrics["ssopd/kl_away"] = Mean(away_stats.kl_T.sum().item(), K)
+        loss = self._over_positions(loss_K)
+        metrics["ssopd/loss"] = Mean(loss.item(), 1)
         return target.weight * loss, metrics
+
+    def _divergence(
+        self, hidden_KH: torch.Tensor, teacher_KH: torch.Tensor, weight_WH: torch.Tensor
+    ) -> tuple[torch.Tensor, ClippedKLStats]:
+        layer: dict[str, Any] = {
+            "temperature": self.temperature,
+            "group": self.group,
+            "chunk_tokens": self.chunk_tokens,
+            "vocab_size": self.vocab_size,
+        }
+        if self.divergence == "forward_kl" and self.clip_unit == "summand":
+            return linear_clipped_kl_with_stats(hidden_KH, teacher_KH, weight_WH, clip=self.clip, **layer)
+        divergence = Divergence(self.divergence, self.clip, self.clip_unit)
+        return linear_divergence(hidden_KH, teacher_KH, weight_WH, divergence=divergence, **layer)
+
+    def _over_positions(self, loss_K: torch.Tensor) -> torch.Tensor:
+        if self.position_decay == 1:
+            return loss_K.mean()
+        weights_K = self.position_decay ** torch.arange(len(loss_K), dtype=loss_K.dtype, device=loss_K.device)
+        return (loss_K * weights_K).sum() / weights_K.sum()
