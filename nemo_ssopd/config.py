@@ -179,6 +179,9 @@ class TrainerConfig:
     """Write checkpoints beside the next steps, from a copy of the trained state in host memory (Megatron-LM)."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates not at all during training."""
+    teacher_samples: int = 2
+    """Completions of the teacher at each evaluation, for every held-out problem that the policy solves in part: how
+    often it is right given the witness (ours); 0 draws none."""
     eval_at_ends: bool = True
     """Evaluate before the first step and after the last, when data.eval is set."""
     resume: bool = False
@@ -325,7 +328,7 @@ def _check_values(config: Config) -> None:
         "algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
         "algorithm.clip_ratio_high optimizer.weight_decay optimizer.clip_grad optimizer.warmup_steps "
         "optimizer.decay_steps algorithm.refills algorithm.overlong_buffer algorithm.importance_cap "
-        "trainer.save_every trainer.eval_every trainer.keep_checkpoints rollout.tensor "
+        "trainer.save_every trainer.teacher_samples trainer.eval_every trainer.keep_checkpoints rollout.tensor "
         "evaluation.temperature",
     )
     _check_algorithm(config.algorithm, config.rollout)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from nemo_ssopd.algo.selection import frontier_weight, split
+from nemo_ssopd.algo.selection import frontier_weight, is_correct, split
 from nemo_ssopd.config import Config
 from nemo_ssopd.config_algorithm import AlgorithmConfig
 from nemo_ssopd.data.templates import render_teacher
+from nemo_ssopd.evaluation.samples import Sample
 from nemo_ssopd.groups import is_mixed, selected
 from nemo_ssopd.metrics import Metrics, Sum
-from nemo_ssopd.types import RolloutGroup
+from nemo_ssopd.types import RenderedPrompt, RolloutGroup
 from nemo_ssopd.types import Sequence as TokenSequence
 
 
@@ -102,6 +103,41 @@ def witness_texts(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) ->
         next((own[o] for o in others[g] if own[o] is not None and groups[o].prompt.id != group.prompt.id), None)
         for g, group in enumerate(groups)
     ]
+
+
+def held_out_teacher_prompts(
+    samples: Sequence[Sample],
+    prompts: Sequence[RenderedPrompt],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+) -> list[RenderedPrompt]:
+    """What the teacher reads before it answers held-out problems itself, for those that the policy solves in part.
+
+    As in training, but for own witnesses by mean log-prob, which samples do not have: there the shortest is read.
+    Problems without a witness, and prompts over `max_length` tokens, are left out.
+    """
+    longest = config.algorithm.correct_selector == "longest"
+    witness: dict[str, str] = {}
+    for sample in sorted(samples, key=lambda sample: -sample.tokens if longest else sample.tokens):
+        if is_correct(sample.reward):
+            witness.setdefault(sample.problem, sample.text)
+    wrong = {sample.problem for sample in samples if not is_correct(sample.reward)}
+    mixed = [prompt for prompt in prompts if prompt.prompt.id in witness and prompt.prompt.id in wrong]
+    if config.algorithm.witness == "none":
+        return mixed
+    texts: list[str | None] = [witness[prompt.prompt.id] for prompt in mixed]
+    if config.algorithm.witness == "solution":
+        texts = [prompt.prompt.solution for prompt in mixed]
+    if config.algorithm.witness == "shuffled":
+        texts = texts[1:] + texts[:1] if len(mixed) > 1 else []
+    rendered = [
+        RenderedPrompt(prompt.prompt, render_teacher(tokenizer, prompt.prompt, text, config.data))
+        for prompt, text in zip(mixed, texts, strict=False)
+        if text is not None
+    ]
+    return [prompt for prompt in rendered if len(prompt.tokens) < max_length]
 
 
 def _wrong_attempt(group: RolloutGroup, algorithm: AlgorithmConfig) -> str | None:

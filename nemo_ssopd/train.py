@@ -15,21 +15,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
-import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from nemo_ssopd.algo.grpo import token_scales
-from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, TokenLoss, grpo_loss, sft_loss
-from nemo_ssopd.config import Config, engine_tensor
+from nemo_ssopd.algo.objective import TokenLoss, grpo_loss, sft_loss
+from nemo_ssopd.batches import distillation, global_counts, make_batches
+from nemo_ssopd.config import Config, EvaluationConfig, engine_tensor
 from nemo_ssopd.data.loading import RunData, load_data
 from nemo_ssopd.data.prompts import PromptOrder
 from nemo_ssopd.data.templates import render_sft
-from nemo_ssopd.distillation import lessons
-from nemo_ssopd.evaluation.samples import eval_metrics, evaluate, summary_of, write_samples
-from nemo_ssopd.groups import advantages, group_metrics, is_mixed, kept_groups
+from nemo_ssopd.distillation import held_out_teacher_prompts
+from nemo_ssopd.evaluation.samples import Sample, eval_metrics, evaluate, summary_of, write_samples
+from nemo_ssopd.groups import group_metrics, is_mixed, kept_groups
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.checkpoint import CheckpointSaver, LoopState, load_checkpoint
@@ -41,6 +39,7 @@ from nemo_ssopd.metrics import (
     JsonlSink,
     Logger,
     Max,
+    Mean,
     Metrics,
     Sink,
     StageTimer,
@@ -55,7 +54,7 @@ from nemo_ssopd.report import read_metrics, write_report
 from nemo_ssopd.rollout.collect import RolloutCollector, Sampling, request_seed
 from nemo_ssopd.rollout.engine import RolloutEngine
 from nemo_ssopd.rollout.verifier import MathVerifier
-from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, StepCounts, TrainBatch
+from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, TrainBatch
 from nemo_ssopd.types import Sequence as TokenSequence
 
 Example = TypeVar("Example")
@@ -96,10 +95,10 @@ def train_step(trainer: Trainer, step: int) -> Metrics:
     metrics = [group_metrics(sampled, trainer.config.algorithm)]
     metrics += [{"group/dropped_uniform": Sum(len(sampled) - len(groups))}]
     with timer.stage("score"):
-        batches = make_batches(trainer, groups)
+        batches = make_batches(groups, trainer.actor, trainer.config)
     for part, batch in batches:
         with timer.stage("teacher"):
-            aux, aux_metrics = distillation(trainer, part)
+            aux, aux_metrics = distillation(part, trainer.actor, trainer.config, trainer.data.tokenizer)
         with timer.stage("update"):
             result = trainer.actor.update(batch, trainer.token_loss, aux)
         metrics += [aux_metrics, result.metrics]
@@ -116,7 +115,7 @@ def sft_step(trainer: Trainer, step: int) -> Metrics:
         rendered = [render_sft(trainer.data.tokenizer, example, trainer.config.data) for example in examples]
         sequences = tuple(TokenSequence(tokens, is_target.index(True)) for tokens, is_target in rendered)
         weights = tuple(tuple(map(float, is_target[is_target.index(True) :])) for _, is_target in rendered)
-        counts = global_counts(trainer, tokens=int(sum(map(sum, weights))), prompts=len(sequences))
+        counts = global_counts(trainer.runtime, tokens=int(sum(map(sum, weights))), prompts=len(sequences))
         batch = TrainBatch(sequences=sequences, weights=weights, counts=counts)
     with timer.stage("update"):
         result = trainer.actor.update(batch, trainer.token_loss)
@@ -205,87 +204,6 @@ def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> N
     (folder / f"step_{step + 1:06}_rank_{trainer.runtime.dp_rank:04}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def make_batches(trainer: Trainer, groups: list[RolloutGroup]) -> list[tuple[list[RolloutGroup], TrainBatch]]:
-    """One batch per optimizer step, with everything that must be scored before the first of them."""
-    updates, algorithm = trainer.config.trainer.updates_per_step, trainer.config.algorithm
-    max_new_tokens = trainer.config.rollout.max_new_tokens
-    size = len(groups) // updates
-    parts = [groups[start : start + size] for start in range(0, len(groups), size)]
-    batches = []
-    for part in parts:
-        rollouts = [rollout for group in part for rollout in group.rollouts]
-        sequences = tuple(rollout.sequence for rollout in rollouts)
-        lengths = [sequence.completion_length for sequence in sequences]
-        kept = [not (algorithm.overlong_mask and rollout.completion.finish_reason == "length") for rollout in rollouts]
-        counts = global_counts(
-            trainer,
-            tokens=sum(length for length, keep in zip(lengths, kept, strict=True) if keep),
-            prompts=len(part),
-            completions=sum(kept),
-        )
-        values = [a for group in part for a in advantages(group, algorithm, max_new_tokens=max_new_tokens)]
-        # On the first update the policy is still the sampling policy: its own log-probs, detached, are the old ones.
-        old = trainer.actor.logprobs(sequences) if updates > 1 else None
-        reference = None
-        if algorithm.reference_kl > 0:
-            with trainer.actor.reference():
-                reference = trainer.actor.logprobs(sequences)
-        batch = TrainBatch(
-            sequences=sequences,
-            weights=tuple((value,) * length for value, length in zip(values, lengths, strict=True)),
-            counts=counts,
-            old_logprobs=old,
-            reference_logprobs=reference,
-            sampler_logprobs=tuple(torch.tensor(rollout.completion.logprobs) for rollout in rollouts),
-            scales=token_scales(
-                lengths,
-                kept,
-                by=algorithm.normalization,
-                tokens=counts.tokens,
-                completions=counts.completions,
-                max_length=max_new_tokens,
-            ),
-        )
-        batches.append((part, batch))
-    return batches
-
-
-def global_counts(trainer: Trainer, *, tokens: int, prompts: int, completions: int = 0) -> StepCounts:
-    """The denominators: this rank's counts, summed over the data-parallel ranks. Without any token, 1 divides zero."""
-    counts = torch.tensor([tokens, prompts, completions], device=trainer.runtime.device)
-    dist.all_reduce(counts, group=trainer.runtime.dp_group)
-    return StepCounts(max(1, int(counts[0])), int(counts[1]), int(counts[2]))
-
-
-def distillation(trainer: Trainer, groups: list[RolloutGroup]) -> tuple[ClippedDistillation | None, Metrics]:
-    """The teacher's pass over what is distilled: by default adapters off, the group's shortest correct completion."""
-    config, algorithm = trainer.config, trainer.config.algorithm
-    if not algorithm.distils:
-        return None, {}
-    planned, metrics = lessons(groups, config, trainer.data.tokenizer, max_length=trainer.hf.max_position_embeddings)
-    away = [lesson.away for lesson in planned if lesson.away is not None]
-    with trainer.actor.teacher():
-        hidden = iter(trainer.actor.hidden_states([lesson.teacher for lesson in planned] + away))
-    teacher_hidden = [next(hidden) for _ in planned]
-    targets = {
-        lesson.row: DistillTarget(hidden_KH, lesson.weight, None if lesson.away is None else next(hidden))
-        for lesson, hidden_KH in zip(planned, teacher_hidden, strict=True)
-    }
-    aux = ClippedDistillation(
-        targets=targets,
-        clip=algorithm.clip,
-        temperature=config.rollout.temperature,
-        chunk_tokens=config.trainer.chunk_tokens,
-        vocab_size=trainer.hf.vocab_size,
-        group=trainer.runtime.tp_group,
-        divergence=algorithm.divergence,
-        clip_unit=algorithm.clip_unit,
-        position_decay=algorithm.position_decay,
-        contrast=algorithm.contrast,
-    )
-    return aux, metrics
-
-
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
@@ -340,18 +258,47 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
     with timer.stage("eval"):
         if trainer.collector.engine.policy_version != step:  # an SFT run leaves the engine alone until it is asked
             refit(trainer.actor, trainer.collector.engine, trainer.config, policy_version=step)
-        [samples] = evaluate(
-            trainer.collector,
-            trainer.data.eval,
-            trainer.config.evaluation,
-            dp_rank=trainer.runtime.dp_rank,
-            dp_size=trainer.runtime.dp_size,
-            cpu_group=trainer.runtime.cpu_group,
-        )
+        samples = held_out_samples(trainer, trainer.data.eval, trainer.config.evaluation)
+        teacher = evaluate_teacher(trainer, samples, step=step)
         trainer.collector.engine.sleep()
     if trainer.runtime.is_main:
         write_samples(samples, Path(trainer.config.run_dir) / "eval" / f"step_{step:06}.jsonl")
-    return eval_metrics(summary_of(samples, trainer.config.evaluation)) | {"time/eval": timer.metrics()["time/eval"]}
+    metrics = eval_metrics(summary_of(samples, trainer.config.evaluation))
+    return metrics | teacher | {"time/eval": timer.metrics()["time/eval"]}
+
+
+def evaluate_teacher(trainer: Trainer, samples: Sequence[Sample], *, step: int) -> Metrics:
+    """How often the teacher answers right, given the witness, where the policy's `samples` of a problem are mixed."""
+    config, engine = trainer.config, trainer.collector.engine
+    if config.algorithm.name == "sft" or not config.trainer.teacher_samples:
+        return {}
+    prompts = held_out_teacher_prompts(
+        samples, trainer.data.eval, config, trainer.data.tokenizer, max_length=longest_request(config)
+    )
+    if not prompts:
+        return {"eval/teacher_problems": Max(0)}
+    with trainer.actor.teacher():
+        refit(trainer.actor, engine, config, policy_version=step)
+    answers = held_out_samples(trainer, prompts, replace(config.evaluation, samples=config.trainer.teacher_samples))
+    refit(trainer.actor, engine, config, policy_version=step)
+    return {
+        "eval/teacher_problems": Max(len(prompts)),
+        "eval/teacher_accuracy": Mean(sum(answer.reward for answer in answers), len(answers)),
+    }
+
+
+def held_out_samples(trainer: Trainer, prompts: Sequence[RenderedPrompt], evaluation: EvaluationConfig) -> list[Sample]:
+    """All graded completions, on every rank, by the weights in the engine."""
+    runtime = trainer.runtime
+    [samples] = evaluate(
+        trainer.collector,
+        prompts,
+        evaluation,
+        dp_rank=runtime.dp_rank,
+        dp_size=runtime.dp_size,
+        cpu_group=runtime.cpu_group,
+    )
+    return samples
 
 
 # ---- Set-up ----------------------------------------------------------------------------------------------------------
@@ -385,7 +332,6 @@ def build(config: Config, data: RunData, runtime: Runtime) -> Trainer:
 def build_collector(config: Config, data: RunData, runtime: Runtime) -> RolloutCollector:
     """The engine of this rank, and on the first rank of a tensor-parallel group the verifier."""
     rollout, verifier = config.rollout, None
-    new_tokens = max(rollout.max_new_tokens, config.evaluation.max_new_tokens if config.data.eval else 0)
     if runtime.tp_rank == 0:
         verifier = MathVerifier(
             workers=config.verifier.workers, timeout_s=config.verifier.timeout_s, memory_gb=config.verifier.memory_gb
@@ -394,7 +340,7 @@ def build_collector(config: Config, data: RunData, runtime: Runtime) -> RolloutC
         config.model.path,
         tensor=engine_tensor(config),
         dtype=config.model.dtype,
-        max_model_len=rollout.max_prompt_tokens + new_tokens,
+        max_model_len=longest_request(config),
         max_sequences=rollout.max_sequences,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         cpu_cache_gib=rollout.cpu_cache_gib,
@@ -410,6 +356,12 @@ def build_collector(config: Config, data: RunData, runtime: Runtime) -> RolloutC
         engine_tensor=engine_tensor(config),
         group=runtime.tp_cpu_group,
     )
+
+
+def longest_request(config: Config) -> int:
+    """Tokens that the engine has room for: prompt and completion."""
+    new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens if config.data.eval else 0)
+    return config.rollout.max_prompt_tokens + new_tokens
 
 
 def sinks(config: Config, state: LoopState) -> list[Sink]:

@@ -26,6 +26,7 @@ FORBIDDEN = {
     ),
     "nemo_ssopd.config_algorithm": ("nemo_ssopd", "torch", *HEAVY),
     "nemo_ssopd.distillation": ("nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
+    "nemo_ssopd.batches": ("nemo_ssopd.rollout", "vllm"),
     "nemo_ssopd.groups": ("nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
     "nemo_ssopd.plan": ("nemo_ssopd.data", "nemo_ssopd.megatron", "nemo_ssopd.rollout", "torch", *HEAVY),
     "nemo_ssopd.scaling": ("nemo_ssopd.data", "nemo_ssopd.megatron", "nemo_ssopd.rollout", "torch", *HEAVY),

@@ -29,7 +29,7 @@ from nemo_ssopd.algo.objective import AuxLoss, TokenInputs, TokenLoss
 from nemo_ssopd.config import Config, OptimizerConfig
 from nemo_ssopd.data.packing import micro_batches, pack, unpack
 from nemo_ssopd.hf_config import HFModelConfig
-from nemo_ssopd.megatron.lora import adapters_disabled, add_lora
+from nemo_ssopd.megatron.lora import adapters_disabled, adapters_enabled, add_lora
 from nemo_ssopd.megatron.model import build_model, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import hf_weights, load_hf_weights
@@ -222,8 +222,8 @@ class MegatronGRPOActor:
     # Weights out.
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face names and full tensors, adapters merged; every rank iterates in step."""
-        return hf_weights(self.model, self.hf, self.runtime)
+        """Hugging Face names and full tensors, adapters merged unless disabled; every rank iterates in step."""
+        return hf_weights(self.model, self.hf, self.runtime, merged=adapters_enabled(self.model))
 
     # What all passes share.
 

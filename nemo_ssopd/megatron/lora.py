@@ -79,6 +79,11 @@ def adapters_disabled(model: GPTModel) -> Iterator[None]:
             layer.adapters_enabled = enabled
 
 
+def adapters_enabled(model: GPTModel) -> bool:
+    """False inside `adapters_disabled`."""
+    return all(module.adapters_enabled for module in model.modules() if isinstance(module, _AdaptedLinear))
+
+
 def adapters(model: nn.Module) -> Iterator[Adapter]:
     """In the order of the layers; empty without adapters."""
     return (module for module in model.modules() if isinstance(module, Adapter))

@@ -18,6 +18,7 @@ import torch
 from nemo_ssopd.config import Config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.export import write_adapter
+from nemo_ssopd.megatron.lora import adapters_enabled
 from nemo_ssopd.megatron.weights import peft_weights
 
 
@@ -28,11 +29,19 @@ class Engine(Protocol):
 
     def load_adapter(self, folder: Path, *, policy_version: int) -> None: ...
 
+    def drop_adapter(self, *, policy_version: int) -> None: ...
+
 
 def refit(actor: MegatronGRPOActor, engine: Engine, config: Config, *, policy_version: int) -> None:
-    """From here on the engine samples from the actor's policy. All ranks call it, with config.rollout.refit."""
+    """From here on the engine samples from the actor's policy, inside `reference` or `teacher` from that one's.
+
+    All ranks call it, with config.rollout.refit.
+    """
     if config.rollout.refit == "merged":
         engine.load_weights(actor.weights(), policy_version=policy_version)
+        return
+    if not adapters_enabled(actor.model):
+        engine.drop_adapter(policy_version=policy_version)
         return
     # vLLM takes adapters from a folder. Each process has an engine, which reads the whole matrices, and its own folder.
     with TemporaryDirectory(prefix="adapter-") as folder:

@@ -153,13 +153,17 @@ class RolloutEngine:
 
         Its id is new at every version, so that neither cached prefixes nor a cached adapter of an older one are used.
         """
+        self.drop_adapter(policy_version=policy_version)
+        self._adapter = LoRARequest(f"policy-{policy_version}", policy_version + 1, str(folder))
+        self._llm.llm_engine.add_lora(self._adapter)
+
+    def drop_adapter(self, *, policy_version: int) -> None:
+        """Sample with the base model alone."""
         self._wake(frozenset({"weights"}))
-        adapter = LoRARequest(f"policy-{policy_version}", policy_version + 1, str(folder))
         if self._adapter is not None:
             self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
-        self._llm.llm_engine.add_lora(adapter)
+        self._adapter = None
         self._llm.reset_prefix_cache()
-        self._adapter = adapter
         self.policy_version = policy_version
 
     def sleep(self) -> None:
