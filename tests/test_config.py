@@ -72,6 +72,32 @@ def test_the_8b_config_is_the_layout_of_one_node(tmp_path: Path) -> None:
     assert (config.algorithm.clip, config.algorithm.prefixes, config.algorithm.lambda_0) == (0.05, 1024, 1.0)
 
 
+def test_the_paper_s_runs_differ_in_their_recipe_alone(tmp_path: Path) -> None:
+    """Four recipes on three models: one file each, and nothing else in it."""
+    for size in ("qwen3_1p7b_tp1", "qwen3_4b_tp1", "qwen3_8b_tp2"):
+        model = f"model.path={qwen3(tmp_path / size, **HF_CONFIGS[size.rpartition('_')[0]])}"
+        ssopd = from_hydra(composed(size, model))
+        for recipe in ("grpo", "opsd", "sft"):
+            config = from_hydra(composed(f"{size}_{recipe}", model))
+            assert config.algorithm.name == recipe
+            assert replace(config, algorithm=ssopd.algorithm, run_dir=ssopd.run_dir) == ssopd
+            override = from_hydra(composed(size, model, f"algorithm={recipe}"))
+            assert override.algorithm == config.algorithm
+    assert (ssopd.algorithm.name, ssopd.algorithm.witness, ssopd.algorithm.targets) == ("ssopd", "own", "wrong")
+
+
+def test_opsd_reads_the_reference_solution_on_every_rollout(tmp_path: Path) -> None:
+    config = from_hydra(composed("tiny_cpu", f"model.path={qwen3(tmp_path / 'model')}", "algorithm=opsd"))
+    algorithm = config.algorithm
+    assert (algorithm.name, algorithm.witness, algorithm.targets, algorithm.frontier) == (
+        "opsd",
+        "solution",
+        "every",
+        "fixed",
+    )
+    assert not algorithm.rewards and algorithm.distils
+
+
 def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
     overrides = {
         "trainer.max_steps": 7,
@@ -105,6 +131,11 @@ def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
         (["rollout.tensor=3"], ("rollout.tensor=3", "divisor")),
         (["trainer.prompts_per_step=3", "parallel.tensor=1"], ("trainer.prompts_per_step=3", "data-parallel")),
         (["algorithm.clip=0"], ("algorithm.clip=0", "above 0")),
+        (["algorithm.witness=mine"], ("algorithm.witness='mine'", "own, solution, shuffled, none")),
+        (["algorithm.dual_clip=0.5"], ("algorithm.dual_clip=0.5", "above 1")),
+        (["algorithm.ema_decay=1"], ("algorithm.ema_decay=1", "below 1")),
+        (["algorithm.position_decay=2"], ("algorithm.position_decay=2", "at most 1")),
+        (["algorithm.overlong_buffer=200"], ("algorithm.overlong_buffer=200", "rollout.max_new_tokens=112")),
         (["algorithm.name=ppo"], ("algorithm.name='ppo'", "ssopd, grpo")),
         (["data.teacher_template=hello"], ("data.teacher_template", "{problem}")),
         (["data.train=missing.jsonl"], ("data.train='missing.jsonl'", "does not exist")),

@@ -65,6 +65,9 @@ def test_a_run_logs_what_the_method_promises(run: Path) -> None:
         assert row["optim/skipped_steps"] == 0
     assert sum(row["ssopd/pairs"] for row in rows[1:]) > 0
     assert 0 < rows[0]["eval/avg_at_n"] < 1
+    for row in (rows[0], rows[-1]):  # the fixed teacher does well where the policy is wrong at times
+        assert row["eval/teacher_problems"] > 10
+        assert row["eval/teacher_accuracy"] > rows[0]["eval/avg_at_n"] + 0.2
 
 
 def test_a_run_leaves_rollouts_and_a_report(run: Path) -> None:

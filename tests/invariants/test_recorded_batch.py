@@ -127,3 +127,17 @@ def test_a_uniform_batch_is_a_finite_step_with_no_auxiliary_loss(path: str, reco
     assert loss == 0.0
     assert grad_norm < 1e-3  # of the reference penalty alone, which is zero at the reference
     assert not skipped
+
+
+def test_ssopd_on_uniform_groups_is_grpo_bit_for_bit(path: str, recorded: Recorded) -> None:
+    """Without a pair the distillation has no target, and leaves no trace."""
+    config = config_for(path, world_size=2, tensor=2)
+    uniform = replace(recorded, advantages=(0.0,) * len(recorded.sequences), teachers={}, weights={})
+    ssopd, grpo = (run_distributed(_two_updates, 2, config, uniform, aux)[0] for aux in (True, False))
+    assert ssopd.keys() == grpo.keys()
+    for name, tensor in grpo.items():
+        assert torch.equal(ssopd[name], tensor), name
+
+
+def _two_updates(config: Config, recorded: Recorded, aux: bool) -> dict[str, torch.Tensor]:
+    return weights_after(config, recorded, 2, aux=aux)
