@@ -1,5 +1,7 @@
 # make train    the whole stack in miniature on two CPU processes: train, evaluate, export, report
 # make test     formatting, lint, types and every test
+# make test-slurm   the batch scripts on a real SLURM of one node, from Debian's packages (needs root)
+# make audit    known vulnerabilities of the locked packages
 # make warmstart    the demo model's initial weights, from nothing
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 RUN ?= runs/$(firstword $(MAKECMDGOALS))-$(shell date +%Y%m%d-%H%M%S)
 RUN := $(RUN)
 
-.PHONY: train test warmstart install lock clean
+.PHONY: train test test-slurm audit warmstart install lock clean
 
 train: $(INSTALLED)
 	$(BIN)/python scripts/train_ssopd.py --config-name tiny_cpu run_dir=$(RUN)
@@ -19,7 +21,17 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck -x scripts/slurm/* tests/slurm/*.sh tests/slurm/*.sbatch
 	$(BIN)/python -m pytest
+
+test-slurm: $(INSTALLED)
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest --override-ini addopts= -q --durations=5 tests/slurm
+
+audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet $(PIP_FLAGS) pip-audit==2.10.1
+	$(VENV)-audit/bin/python scripts/audit.py requirements/cpu.txt
 
 warmstart: $(INSTALLED)
 	$(BIN)/python scripts/make_demo_model.py --output models/demo_random --seed 1
@@ -40,4 +52,4 @@ lock:
 	    --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet | sed 's/+cpu$$//' > requirements/cpu.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-audit build *.egg-info

@@ -11,11 +11,14 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+
+import psutil
 
 from nemo_ssopd.rollout.verifier import MathVerifier, Verdict
 
@@ -37,7 +40,7 @@ for completion, gold in json.load(sys.stdin):
     except BaseException:
         pass
     seconds.append(time.monotonic() - started)
-print(json.dumps(seconds))
+print(json.dumps({"seconds": seconds, "cpu": time.process_time()}))
 """
 
 
@@ -76,8 +79,16 @@ def family_rss_mb(pid: int) -> tuple[int, float]:
     return count, total
 
 
-def run_pool(completions: list[str], golds: list[str], workers: int) -> tuple[list[Verdict], float, list[str]]:
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for: unlike wall-clock time, the same on a busy machine."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def run_pool(completions: list[str], golds: list[str], workers: int) -> tuple[list[Verdict], float, float, list[str]]:
+    """Verdicts, wall-clock seconds, CPU seconds with the start of the pool, and a line after each tenth."""
     log, verdicts, elapsed = [], [], 0.0
+    cpu_before = cpu_seconds()
     size = -(-len(completions) // BATCHES)
     with MathVerifier(workers=workers) as verifier:
         verifier.grade([r"\boxed{\frac12}"] * workers, ["0.5"] * workers)
@@ -86,18 +97,22 @@ def run_pool(completions: list[str], golds: list[str], workers: int) -> tuple[li
             verdicts += verifier.grade(completions[start : start + size], golds[start : start + size])
             elapsed += time.monotonic() - started
             count, memory = family_rss_mb(os.getpid())
-            log.append(f"{len(verdicts)}: {count} processes, {memory:.0f} MB")
+            own = psutil.Process().memory_info().rss / 2**20
+            log.append(f"{len(verdicts)}: {count} processes, {memory:.0f} MB, and {own:.0f} MB here")
             print(log[-1], f"{elapsed:.1f} s", flush=True)
     left, _ = family_rss_mb(os.getpid())
     log.append(f"closed: {left} processes")
-    return verdicts, elapsed, log
+    assert left == 0, "the pool left processes behind"
+    return verdicts, elapsed, cpu_seconds() - cpu_before, log
 
 
-def run_sequential(completions: list[str], golds: list[str], sample: int) -> list[float]:
+def run_sequential(completions: list[str], golds: list[str], sample: int) -> tuple[list[float], float]:
+    """Wall-clock seconds of each answer, and CPU seconds of the process."""
     chosen = random.Random(1).sample(range(len(completions)), sample)
     rows = json.dumps([[completions[i], golds[i]] for i in chosen])
     done = subprocess.run([sys.executable, "-c", _SEQUENTIAL], input=rows, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    return result["seconds"], result["cpu"]
 
 
 def agreement(workers: int, shuffles: int) -> str:
@@ -140,17 +155,17 @@ def write_section(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--answers", type=int, default=20_000)
+    parser.add_argument("--answers", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--sequential", type=int, default=300, help="answers given to the sequential baseline")
+    parser.add_argument("--sequential", type=int, default=2000, help="answers given to the sequential baseline")
     parser.add_argument("--shuffles", type=int, default=12, help="other golds that each gold is compared with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
 
     completions, golds = make_batch(arguments.answers, arguments.seed)
-    verdicts, elapsed, log = run_pool(completions, golds, arguments.workers)
-    seconds = run_sequential(completions, golds, min(arguments.sequential, arguments.answers))
+    verdicts, elapsed, pool_cpu, log = run_pool(completions, golds, arguments.workers)
+    seconds, sequential_cpu = run_sequential(completions, golds, min(arguments.sequential, arguments.answers))
     reasons = Counter(verdict.reason for verdict in verdicts)
     graded, pool_rate, sequential_rate = len(verdicts), len(verdicts) / elapsed, len(seconds) / sum(seconds)
     text = f"""## Verifier
@@ -158,13 +173,18 @@ def main() -> None:
 `python benchmarks/verifier.py --answers {arguments.answers} --workers {arguments.workers}`: groups of {GROUP_SIZE}
 completions, {HOSTILE_SHARE:.0%} hostile, {os.cpu_count()} CPU cores, load average {os.getloadavg()[0]:.1f} at the end.
 
-| | answers | seconds | answers/s | slowest answer |
-|---|---|---|---|---|
-| `MathVerifier`, {arguments.workers} workers | {graded} | {elapsed:.1f} | {pool_rate:.0f} | limit: 1.5 s of CPU |
-| sequential math-verify (sample) | {len(seconds)} | {sum(seconds):.1f} | {sequential_rate:.0f} | {max(seconds):.1f} s |
+| | answers | seconds | answers/s | CPU ms per answer | slowest answer |
+|---|---|---|---|---|---|
+| `MathVerifier`, {arguments.workers} workers | {graded} | {elapsed:.1f} | {pool_rate:.0f} \
+| {pool_cpu / graded * 1e3:.1f} | limit: 1.5 s of CPU |
+| sequential math-verify (sample) | {len(seconds)} | {sum(seconds):.1f} | {sequential_rate:.0f} \
+| {sequential_cpu / len(seconds) * 1e3:.1f} | {max(seconds):.1f} s |
+
+Seconds depend on what else the machine does (see the load average); CPU time hardly does.
 
 Reasons: {", ".join(f"{reason} {count}" for reason, count in reasons.most_common())}.
-After each tenth (answers graded: processes below the trainer, their proportional memory): {"; ".join(log)}.
+After each tenth (answers graded: processes below this one, their proportional memory, and the resident set of this
+one, which keeps all verdicts): {"; ".join(log)}.
 
 | distinct golds of | golds | right in a box | equal to themselves for sympy | other golds accepted |
 |---|---|---|---|---|

@@ -65,8 +65,8 @@ class ParallelConfig:
     """Sequence parallelism beside tensor parallelism."""
     threads: int = 1
     """CPU threads of each process, without a GPU."""
-    timeout_minutes: int = 60
-    """How long a collective may wait for another rank before the run fails."""
+    timeout_minutes: float = 60.0
+    """How long a stage of a step may take, or a collective wait for another rank, before the run fails."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,13 @@ class TrainerConfig:
     resume: bool = False
     """Continue from the newest checkpoint of run_dir; without one, start at step 0."""
     max_skipped_steps: int = 3
-    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    """Stop after this many skipped steps in a row: a loss or gradient that is not finite, or a spike."""
+    spike_factor: float = 10.0
+    """Skip a step whose gradient norm is over this many times the largest of the last 16; 0 switches it off (ours)."""
+    max_logprob_mismatch: float = 0.1
+    """Stop when engine and trainer differ by more, on average over a step's tokens; 0 switches it off (ours)."""
+    time_budget_minutes: float = 0.0
+    """Save and stop in time to end within this, from the start of the SLURM job or else of the run; 0 has no limit."""
     export: bool = True
     """Write a merged Hugging Face model to run_dir/hf at the end."""
 
@@ -322,14 +328,14 @@ def _check_values(config: Config) -> None:
         "rollout.max_prompt_tokens rollout.max_new_tokens rollout.max_sequences verifier.workers trainer.max_steps "
         "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens "
         "evaluation.samples evaluation.max_new_tokens lora.rank trainer.max_skipped_steps",
-        positive="algorithm.clip algorithm.position_decay "
+        positive="parallel.timeout_minutes algorithm.clip algorithm.position_decay "
         "optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha",
         not_negative="algorithm.lambda_0 algorithm.contrast "
         "algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
         "algorithm.clip_ratio_high optimizer.weight_decay optimizer.clip_grad optimizer.warmup_steps "
         "optimizer.decay_steps algorithm.refills algorithm.overlong_buffer algorithm.importance_cap "
         "trainer.save_every trainer.teacher_samples trainer.eval_every trainer.keep_checkpoints rollout.tensor "
-        "evaluation.temperature",
+        "trainer.spike_factor evaluation.temperature trainer.max_logprob_mismatch trainer.time_budget_minutes",
     )
     _check_algorithm(config.algorithm, config.rollout)
     require(

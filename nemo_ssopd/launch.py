@@ -2,16 +2,20 @@
 
     python scripts/train_ssopd.py --config-name tiny_cpu trainer.max_steps=5
 
-Under torchrun or srun this is one of the workers already. From a plain shell it becomes torchrun on this node.
+Under torchrun or srun this is one of the workers already. From a plain shell it starts the workers of this node.
+Exit codes: 0 finished, 75 stopped on request and saved, everything else failed.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import warnings
-from pathlib import Path
+from nemo_ssopd.signals import EXIT_STOPPED, note_stop_requests, received
+
+note_stop_requests()  # before the imports that take seconds
+
+import logging  # noqa: E402
+import sys  # noqa: E402
+import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 # Megatron-Core warns at import of every fused kernel that it does without; on CPU that is all of them.
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
@@ -19,8 +23,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 from nemo.core.config import hydra_runner  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from nemo_ssopd.config import CONF, Config, ParallelConfig, from_hydra  # noqa: E402
+from nemo_ssopd.config import CONF, Config, from_hydra  # noqa: E402
 from nemo_ssopd.data.loading import load_data  # noqa: E402
+from nemo_ssopd.health import last_seen  # noqa: E402
+from nemo_ssopd.workers import make_run_dir, run_workers, under_launcher  # noqa: E402
 
 
 @hydra_runner(config_path=str(CONF), config_name="tiny_cpu")
@@ -32,18 +38,28 @@ def main(composed: DictConfig) -> None:
         prepare_run_dir(config)
         if not under_launcher():
             load_data(config)  # for its errors: one clear message here, rather than one from every worker
-            command = torchrun(config.parallel, "nemo_ssopd.launch")
-            os.execv(command[0], command)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if not under_launcher():
+        sys.exit(start(config))
     from nemo_ssopd.train import train  # noqa: PLC0415 -- Megatron-Core and vLLM, which checking a config can do without
 
-    train(config)
+    sys.exit(train(config))
 
 
-def under_launcher() -> bool:
-    """Whether torchrun, or srun with several tasks, started this process."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+def start(config: Config) -> int:
+    """Run the workers; their exit code."""
+    if received:
+        return EXIT_STOPPED
+    sys.stdout.flush()
+    ending = run_workers(config.parallel, "nemo_ssopd.launch", sys.argv[1:])
+    if ending.signal is not None:
+        print(
+            f"error: rank {ending.rank} was killed by {ending.signal.name}{last_seen(config.run_dir, ending.rank)}, "
+            f"and the other ranks were ended. Checkpoints are whole: go on with trainer.resume=true",
+            file=sys.stderr,
+        )
+    return ending.code
 
 
 def prepare_run_dir(config: Config) -> None:
@@ -55,22 +71,6 @@ def prepare_run_dir(config: Config) -> None:
             f"run_dir={config.run_dir!r} holds a run: give another run_dir, or continue it with trainer.resume=true"
         )
     make_run_dir(config.run_dir)
-
-
-def make_run_dir(run_dir: str) -> None:
-    """The folder, for its owner's eyes only."""
-    try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise ValueError(f"run_dir={run_dir!r} cannot be made ({error.strerror}): give a folder to write to") from error
-
-
-def torchrun(parallel: ParallelConfig, module: str) -> list[str]:
-    """The command for parallel.world_size workers on this node, each of which runs `module` with our command line."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(parallel.threads))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    sys.stdout.flush()
-    return [*launcher, f"--nproc-per-node={parallel.world_size}", "--module", module, *sys.argv[1:]]
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias
 
+import psutil
+import torch
 import torch.distributed as dist
 from rich.console import Console, Group
 from rich.live import Live
@@ -131,33 +133,49 @@ def reduce_across_ranks(metrics: Mapping[str, Metric], group: dist.ProcessGroup 
 
 
 class StageTimer:
-    """Wall-clock seconds of one step and of its stages; a stage entered twice adds up. Make one per step.
+    """Wall-clock seconds and memory of one step and of its stages; a stage entered twice adds up. Make one per step.
 
+    Memory: on CUDA the peak of torch's allocations during the stage, else the resident set at its end, in GiB.
     Nothing waits for the GPU: work that a stage leaves queued there is counted in the stage that waits for it.
+    `on_enter` is told the name of each stage as it begins.
 
     >>> timer = StageTimer()
     >>> with timer.stage("rollout"):
     ...     rollouts = generate()
     >>> timer.metrics()
-    {'time/rollout': Max(x=3.2), 'time/step': Max(x=3.3)}
+    {'time/rollout': Max(x=3.2), 'time/step': Max(x=3.3), 'memory/rollout_gib': Max(x=1.2)}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_enter: Callable[[str], None] = lambda name: None) -> None:
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._gib: dict[str, float] = {}
+        self._on_enter = on_enter
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        self._on_enter(name)
         start = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         try:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._gib[name] = max(self._gib.get(name, 0.0), memory_gib())
 
     def metrics(self) -> Metrics:
-        """Over ranks the slowest counts, since the others wait for it."""
+        """Over ranks the slowest and the largest count, since the others wait for it, and it decides what fits."""
         seconds = {**self._seconds, "step": time.perf_counter() - self._start}
-        return {f"time/{name}": Max(value) for name, value in seconds.items()}
+        times: Metrics = {f"time/{name}": Max(value) for name, value in seconds.items()}
+        return times | {f"memory/{name}_gib": Max(value) for name, value in self._gib.items()}
+
+
+def memory_gib() -> float:
+    """The peak of torch's CUDA allocations since it was reset; without CUDA, the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
 
 
 # ---- Sinks ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.console import Console
+from rich.table import Table
 
 Row: TypeAlias = dict[str, float | None]
 """One logged step: {"step": 3, "reward/mean": 0.5, ...}; None is a value that was not finite."""
@@ -343,3 +345,32 @@ def write_report(run_dir: Path) -> None:
     )
     # Completions may hold lone surrogates, which UTF-8 cannot express.
     (run_dir / "report.html").write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def print_summary(run_dir: Path) -> None:
+    """The run in a few lines: what changed, and where everything is."""
+    rows = read_metrics(run_dir)
+    table = Table(title="SSOPD run", show_header=True, header_style="bold")
+    for column in ("", "first", "last"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, key, style in (
+        ("Avg@n on held-out problems", "eval/avg_at_n", "{:.1%}"),
+        ("  95% interval, low", "eval/avg_at_n_low", "{:.1%}"),
+        ("  95% interval, high", "eval/avg_at_n_high", "{:.1%}"),
+        ("maj@n", "eval/maj_at_n", "{:.1%}"),
+        ("training reward", "reward/mean", "{:.3f}"),
+        ("mixed groups", "group/mixed_fraction", "{:.0%}"),
+        ("log-prob mismatch", "rollout/logprob_mismatch", "{:.1e}"),
+        ("step", "progress/step", "{:.0f}"),
+    ):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values:
+            table.add_row(label, style.format(values[0]), style.format(values[-1]))
+    console = Console()
+    console.print(table)
+    stages = {key: value for key, value in (rows[-1] if rows else {}).items() if key.startswith("memory/")}
+    sizes = [f"{key[len('memory/') : -len('_gib')]} {value:.2f}" for key, value in stages.items() if value is not None]
+    console.print(f"GiB of the largest rank: {', '.join(sizes)}", highlight=False, soft_wrap=True)
+    for name in ("report.html", "report.png", "metrics.jsonl", "hf", "checkpoints"):
+        if (run_dir / name).exists():
+            console.print(f"{name:>14}  {run_dir / name}", highlight=False, soft_wrap=True)

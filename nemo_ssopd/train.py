@@ -8,16 +8,17 @@ Every rank runs the same code. A tensor-parallel group works on the same prompts
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import psutil
+import torch.distributed as dist
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from nemo_ssopd.algo.objective import TokenLoss, grpo_loss, sft_loss
 from nemo_ssopd.batches import distillation, global_counts, make_batches
@@ -28,9 +29,10 @@ from nemo_ssopd.data.templates import render_sft
 from nemo_ssopd.distillation import held_out_teacher_prompts
 from nemo_ssopd.evaluation.samples import Sample, eval_metrics, evaluate, summary_of, write_samples
 from nemo_ssopd.groups import group_metrics, is_mixed, kept_groups
+from nemo_ssopd.health import TimeBudget, UnhealthyRun, Watch, agree_to_stop, check_health, spike_limit
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
-from nemo_ssopd.megatron.checkpoint import CheckpointSaver, LoopState, load_checkpoint
+from nemo_ssopd.megatron.checkpoint import CheckpointError, CheckpointSaver, LoopState, load_checkpoint
 from nemo_ssopd.megatron.export import export_hf
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
@@ -50,10 +52,11 @@ from nemo_ssopd.metrics import (
     reduce_across_ranks,
 )
 from nemo_ssopd.model_card import model_card
-from nemo_ssopd.report import read_metrics, write_report
+from nemo_ssopd.report import print_summary, write_report
 from nemo_ssopd.rollout.collect import RolloutCollector, Sampling, request_seed
 from nemo_ssopd.rollout.engine import RolloutEngine
 from nemo_ssopd.rollout.verifier import MathVerifier
+from nemo_ssopd.signals import EXIT_STOPPED, note_stop_requests
 from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, TrainBatch
 from nemo_ssopd.types import Sequence as TokenSequence
 
@@ -67,6 +70,7 @@ class Trainer:
     config: Config
     hf: HFModelConfig
     runtime: Runtime
+    watch: Watch
     data: RunData
     order: PromptOrder
     actor: MegatronGRPOActor
@@ -88,7 +92,7 @@ class Trainer:
 
 def train_step(trainer: Trainer, step: int) -> Metrics:
     """One rollout batch and the optimizer steps on it. `step` counts from 0, and is the engine's policy version."""
-    timer = StageTimer()
+    timer = StageTimer(trainer.watch.enter)
     sampled = sample_groups(trainer, step, timer)
     trainer.collector.engine.sleep()
     groups = kept_groups(sampled, trainer.prompts_per_rank)
@@ -109,7 +113,7 @@ def train_step(trainer: Trainer, step: int) -> Metrics:
 
 def sft_step(trainer: Trainer, step: int) -> Metrics:
     """One optimizer step of cross-entropy on written solutions."""
-    timer = StageTimer()
+    timer = StageTimer(trainer.watch.enter)
     with timer.stage("data"):
         examples = local_share(trainer, trainer.data.supervised, step)
         rendered = [render_sft(trainer.data.tokenizer, example, trainer.config.data) for example in examples]
@@ -208,13 +212,26 @@ def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> N
 
 
 def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, state: LoopState) -> LoopState:
-    """Steps until trainer.max_steps, with evaluations and checkpoints on the way. Logged steps count completed ones."""
+    """Steps until trainer.max_steps, or until all ranks agree to stop. Logged steps count completed ones; what comes
+    back is saved. Evaluations and checkpoints come on the way."""
     config, last = trainer.config.trainer, trainer.config.trainer.max_steps
+    first = saved = state.step
+    budget = TimeBudget(config.time_budget_minutes)
     take_step = sft_step if trainer.config.algorithm.name == "sft" else train_step
     if config.eval_at_ends and trainer.data.eval and state.step == 0:
         logger.log(0, evaluate_policy(trainer, step=0))
-    for step in range(state.step, last):
+    for step in range(first, last):
+        if reason := agree_to_stop(budget, trainer.runtime.cpu_group, has_progressed=step > first):
+            trainer.watch.enter("save")
+            if saved < step:
+                saver.save(state)
+            saver.finish()
+            if trainer.runtime.is_main:
+                print(f"stopped after step {step} of {last}, saved: {reason}. Go on with trainer.resume=true")
+            return state
+        trainer.watch.enter("begin", step + 1)
         saver.check()
+        trainer.actor.grad_norm_limit = spike_limit(state.recent_norms, config.spike_factor)
         metrics = reduce_over_data_parallel(trainer, take_step(trainer, step))
         state = state.after(metrics)
         metrics = merge(metrics, progress_metrics(metrics, state))
@@ -222,14 +239,12 @@ def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, state: LoopSta
         if is_last and config.eval_at_ends or config.eval_every and state.step % config.eval_every == 0:
             metrics = merge(metrics, evaluate_policy(trainer, step=state.step))
         logger.log(state.step, metrics)
-        if state.skipped_in_a_row >= config.max_skipped_steps:
-            raise RuntimeError(
-                f"the last {state.skipped_in_a_row} steps, up to {state.step}, were skipped: loss or gradient were "
-                f"not finite. Lower optimizer.lr, or look at the rollouts; checkpoints of good steps are kept"
-            )
+        check_health(metrics, config, step=state.step, skipped_in_a_row=state.skipped_in_a_row)
         score = metrics["eval/avg_at_n"].value() if "eval/avg_at_n" in metrics else None
         if is_last or config.save_every and state.step % config.save_every == 0 or saver.is_best(score):
+            trainer.watch.enter("save")
             saver.save(state, score)
+            saved = state.step
     return state
 
 
@@ -254,7 +269,7 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
     """Avg@n on the held-out problems; every completion goes to run_dir/eval/. Without data.eval, nothing."""
     if not trainer.data.eval:
         return {}
-    timer = StageTimer()
+    timer = StageTimer(trainer.watch.enter)
     with timer.stage("eval"):
         if trainer.collector.engine.policy_version != step:  # an SFT run leaves the engine alone until it is asked
             refit(trainer.actor, trainer.collector.engine, trainer.config, policy_version=step)
@@ -304,7 +319,7 @@ def held_out_samples(trainer: Trainer, prompts: Sequence[RenderedPrompt], evalua
 # ---- Set-up ----------------------------------------------------------------------------------------------------------
 
 
-def build(config: Config, data: RunData, runtime: Runtime) -> Trainer:
+def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trainer:
     """The policy first; then the engine, in what memory is left."""
     algorithm, is_sft = config.algorithm, config.algorithm.name == "sft"
     hf = read_hf_config(config.model.path)
@@ -321,6 +336,7 @@ def build(config: Config, data: RunData, runtime: Runtime) -> Trainer:
         config=config,
         hf=hf,
         runtime=runtime,
+        watch=watch,
         data=data,
         order=PromptOrder(len(data.supervised if is_sft else data.train), config.trainer.seed),
         actor=MegatronGRPOActor(config, hf, runtime, pad_id=data.stop_token_ids[0]),
@@ -378,55 +394,66 @@ def sinks(config: Config, state: LoopState) -> list[Sink]:
     return chosen
 
 
-def train(config: Config) -> None:
-    """A whole run on this rank: build or resume, train, export, report."""
+def train(config: Config) -> int:
+    """A whole run on this rank; the exit code. An error ends the process, with one line from one of the ranks."""
     data = load_data(config)
     runtime = initialize(config.parallel, seed=config.trainer.seed)
-    run_dir = Path(config.run_dir)
-    trainer = build(config, data, runtime)
+    with Watch(
+        config.run_dir,
+        runtime.rank,
+        runtime.world_size,
+        limit_s=60 * config.parallel.timeout_minutes,
+        expected=(ValueError, CheckpointError, UnhealthyRun),
+    ) as watch:
+        watch.enter("build")
+        trainer = build(config, data, runtime, watch)
+        state = resume_or_begin(trainer)
+        note_stop_requests()  # again: what was imported since may have its own ideas
+        with (
+            Logger(sinks(config, state) if runtime.is_main else []) as logger,
+            CheckpointSaver(trainer.actor, config) as saver,
+        ):
+            state = run(trainer, logger, saver, state)
+        if state.step < config.trainer.max_steps:
+            leave_together(trainer)
+        finish(trainer)
+    shutdown()
+    return 0
+
+
+def resume_or_begin(trainer: Trainer) -> LoopState:
+    """The newest checkpoint, if asked for; the engine gets the policy's weights."""
+    config = trainer.config
+    trainer.watch.enter("resume")
     state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
     if trainer.optional_collector is not None:
+        trainer.watch.enter("refit")
         refit(trainer.actor, trainer.collector.engine, config, policy_version=state.step)
         trainer.collector.engine.sleep()
-    if runtime.is_main:
-        OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
-    with (
-        Logger(sinks(config, state) if runtime.is_main else []) as logger,
-        CheckpointSaver(trainer.actor, config) as saver,
-    ):
-        run(trainer, logger, saver, state)
+    if trainer.runtime.is_main:
+        OmegaConf.save(OmegaConf.structured(config), Path(config.run_dir) / "config.yaml")
+    return state
+
+
+def finish(trainer: Trainer) -> None:
+    """Export and report of a run that took its last step."""
+    config, runtime, run_dir = trainer.config, trainer.runtime, Path(trainer.config.run_dir)
     if config.trainer.export:
+        trainer.watch.enter("export")
         card = model_card(config, config.trainer.max_steps, run_dir, is_adapter=False) if runtime.is_main else None
         export_hf(trainer.actor.weights(), config.model.path, run_dir / "hf", runtime, card=card)
+    trainer.watch.enter("report")
     if runtime.is_main:
         write_report(run_dir)
         print_summary(run_dir)
     if trainer.optional_collector is not None:
         trainer.collector.close()
-    shutdown()
 
 
-def print_summary(run_dir: Path) -> None:
-    """The run in a few lines: what changed, and where everything is."""
-    rows = read_metrics(run_dir)
-    table = Table(title="SSOPD run", show_header=True, header_style="bold")
-    for column in ("", "first", "last"):
-        table.add_column(column, justify="left" if not column else "right")
-    for label, key, style in (
-        ("Avg@n on held-out problems", "eval/avg_at_n", "{:.1%}"),
-        ("  95% interval, low", "eval/avg_at_n_low", "{:.1%}"),
-        ("  95% interval, high", "eval/avg_at_n_high", "{:.1%}"),
-        ("maj@n", "eval/maj_at_n", "{:.1%}"),
-        ("training reward", "reward/mean", "{:.3f}"),
-        ("mixed groups", "group/mixed_fraction", "{:.0%}"),
-        ("log-prob mismatch", "rollout/logprob_mismatch", "{:.1e}"),
-        ("step", "progress/step", "{:.0f}"),
-    ):
-        values = [row[key] for row in rows if row.get(key) is not None]
-        if values:
-            table.add_row(label, style.format(values[0]), style.format(values[-1]))
-    console = Console()
-    console.print(table)
-    for name in ("report.html", "report.png", "metrics.jsonl", "hf", "checkpoints"):
-        if (run_dir / name).exists():
-            console.print(f"{name:>14}  {run_dir / name}", highlight=False, soft_wrap=True)
+def leave_together(trainer: Trainer) -> NoReturn:
+    """End a run that was asked to stop, at once: whoever asked may not wait. And together: when one rank leaves with
+    this code, srun ends the others. Grading processes see the pipe close."""
+    trainer.watch.enter("done")
+    dist.barrier(group=trainer.runtime.cpu_group)
+    sys.stdout.flush()
+    os._exit(EXIT_STOPPED)

@@ -173,7 +173,7 @@ def what_if_table(rates: Rates) -> str:
     shipped = steps["as shipped"]
     without = shipped.seconds - shipped.stages["refit"] + shipped.adapter_refit
     stages = (f"{shipped.stages['rollout']:.0f}", f"{shipped.stages['update']:.0f}", f"{shipped.adapter_refit:.3f}")
-    lines.append(line("refit with adapters alone (not built)", shipped, without, *stages))
+    lines.append(line("refit with adapters alone (`rollout.refit=adapter`)", shipped, without, *stages))
     lines.append(line("asynchronous rollouts, separate engines (not built)", shipped, shipped.asynchronous, "", "", ""))
     return "\n".join(lines)
 

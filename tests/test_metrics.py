@@ -108,14 +108,17 @@ def test_reduce_across_ranks() -> None:
 
 
 def test_stage_timer_adds_up_and_counts_the_slowest_rank() -> None:
-    timer = StageTimer()
+    entered: list[str] = []
+    timer = StageTimer(entered.append)
     for seconds in (0.02, 0.03):
         with timer.stage("rollout"):
             time.sleep(seconds)
     with pytest.raises(RuntimeError), timer.stage("train"):
         raise RuntimeError
     metrics = timer.metrics()
-    assert list(metrics) == ["time/rollout", "time/train", "time/step"]
+    assert list(metrics) == ["time/rollout", "time/train", "time/step", "memory/rollout_gib", "memory/train_gib"]
+    assert entered == ["rollout", "rollout", "train"]
+    assert 0.05 < metrics["memory/train_gib"].value() < 64
     assert 0.05 <= metrics["time/rollout"].value() <= metrics["time/step"].value() < 2.0
     assert merge({"time/step": Max(1.0)}, {"time/step": Max(4.0)})["time/step"].value() == 4.0
 

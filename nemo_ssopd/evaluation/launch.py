@@ -8,39 +8,25 @@ since an engine cannot be shut down without its process groups.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
+import sys
+import traceback
+from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+from nemo.core.config import hydra_runner
+from omegaconf import DictConfig
 
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: a worker must not go on where nobody waits for it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if "TORCHELASTIC_RUN_ID" in os.environ:
-    die_with_parent()  # at once, since the imports take many seconds
-
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import traceback  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from nemo.core.config import hydra_runner  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
-
-from nemo_ssopd.config import CONF  # noqa: E402
-from nemo_ssopd.evaluation.config import EvalConfig, from_hydra  # noqa: E402
-from nemo_ssopd.evaluation.data import EvalData, load_sets  # noqa: E402
-from nemo_ssopd.evaluation.models import ModelSource, find_model  # noqa: E402
-from nemo_ssopd.evaluation.results import check_folder, check_identity, has_begun, set_folder  # noqa: E402
-from nemo_ssopd.launch import make_run_dir, torchrun, under_launcher  # noqa: E402
+from nemo_ssopd.config import CONF
+from nemo_ssopd.evaluation.config import EvalConfig, from_hydra
+from nemo_ssopd.evaluation.data import EvalData, load_sets
+from nemo_ssopd.evaluation.models import ModelSource, find_model
+from nemo_ssopd.evaluation.results import check_folder, check_identity, has_begun, set_folder
+from nemo_ssopd.signals import die_of_stop_requests
+from nemo_ssopd.workers import make_run_dir, run_workers, under_launcher
 
 
 def main() -> None:
-    """Console entry `nemo-ssopd-evaluate`."""
+    """Console entry `nemo-ssopd-evaluate`. Batches are on disk as they come, so a stop signal may end it at once."""
+    die_of_stop_requests()
     sys.argv = ["resume=true" if argument == "--resume" else argument for argument in sys.argv]
     run_main()
 
@@ -95,16 +81,16 @@ def check_continues(config: EvalConfig, source: ModelSource, data: EvalData, fol
 
 
 def start_workers(config: EvalConfig, name: str) -> None:
-    """Evaluate one model, under torchrun. Returns when it is done; otherwise ends this program as torchrun ended."""
-    command = [*torchrun(config.parallel, "nemo_ssopd.evaluation.launch"), f"only='{name}'"]
-    process = subprocess.Popen(command, preexec_fn=die_with_parent)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:  # torchrun got it too
-        code = process.wait()
-    if code != 0:
-        sys.exit(code if code > 0 else 128 - code)
+    """Evaluate one model in workers of this node. Returns when it is done; else ends this program as they ended."""
+    ending = run_workers(config.parallel, "nemo_ssopd.evaluation.launch", [*sys.argv[1:], f"only='{name}'"])
+    if ending.signal is not None:
+        print(
+            f"error: rank {ending.rank} was ended by {ending.signal.name} while {name} was evaluated. "
+            f"What is written is kept: go on with --resume",
+            file=sys.stderr,
+        )
+    if ending.code:
+        sys.exit(ending.code)
 
 
 if __name__ == "__main__":

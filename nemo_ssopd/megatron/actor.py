@@ -70,6 +70,8 @@ class MegatronGRPOActor:
         self._ddp, self.optimizer = _optimizer(self.model, config.optimizer, bf16=config.model.dtype == "bfloat16")
         self.scheduler = _scheduler(self.optimizer, config.optimizer)
         self._forward_backward = get_forward_backward_func()
+        self.grad_norm_limit = math.inf
+        """A step with a larger gradient norm is skipped; the loop sets it, from the norms of the steps before."""
 
     # The no-gradient passes.
 
@@ -113,7 +115,8 @@ class MegatronGRPOActor:
     # The optimizer step.
 
     def update(self, batch: TrainBatch, token_loss: TokenLoss, aux: AuxLoss | None = None) -> StepResult:
-        """One optimizer step on the batch; with a loss or gradient that is not finite, none, and `skipped` is true.
+        """One optimizer step on the batch. None, and `skipped` is true, when loss or gradient are not finite or the
+        gradient norm is over `grad_norm_limit`.
 
         `loss/total` and the other sums in the metrics are this data-parallel rank's share.
         """
@@ -133,7 +136,8 @@ class MegatronGRPOActor:
         metrics = merge(*logs)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        skipped = not (math.isfinite(grad_norm) and self._everywhere(math.isfinite(metrics["loss/total"].value())))
+        usable = math.isfinite(grad_norm) and grad_norm <= self.grad_norm_limit
+        skipped = not (usable and self._everywhere(math.isfinite(metrics["loss/total"].value())))
         if not skipped:
             self.optimizer.step()
             self.scheduler.step(increment=1)

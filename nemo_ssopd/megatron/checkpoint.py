@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -30,6 +31,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from omegaconf import OmegaConf
 
 from nemo_ssopd.config import Config
+from nemo_ssopd.health import RECENT_STEPS
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.export import copy_companions
 from nemo_ssopd.megatron.fingerprint import base_fingerprint
@@ -65,7 +67,8 @@ logger = logging.getLogger(__name__)
 class LoopState:
     """Where the loop stands. Data order and sampling seeds follow from the step, so nothing else needs saving.
 
-    >>> LoopState(step=99, tokens=5000).after({"progress/tokens": Sum(70), "optim/skipped_steps": Max(0.0)})
+    >>> state = LoopState(step=99, tokens=5000)
+    >>> state.after({"progress/tokens": Sum(70), "optim/skipped_steps": Max(0.0), "optim/grad_norm": Max(0.5)})
     LoopState(step=100, tokens=5070, skipped=0, skipped_in_a_row=0)
     """
 
@@ -76,15 +79,19 @@ class LoopState:
     skipped: int = 0
     """Steps with an update that was skipped since it was not finite."""
     skipped_in_a_row: int = 0
+    recent_norms: Sequence[float] = field(default=(), compare=False, repr=False)
+    """Gradient norms of the last steps that were not skipped."""
 
     def after(self, metrics: Metrics) -> LoopState:
         """One step later, by its metrics over all ranks."""
         skipped = metrics["optim/skipped_steps"].value() > 0
+        norms = self.recent_norms if skipped else [*self.recent_norms, metrics["optim/grad_norm"].value()]
         return LoopState(
             step=self.step + 1,
             tokens=self.tokens + int(metrics["progress/tokens"].value()),
             skipped=self.skipped + skipped,
             skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+            recent_norms=norms[-RECENT_STEPS:],
         )
 
 

@@ -11,6 +11,7 @@ The default process group is the world, which is what vLLM's `external_launcher`
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Runtime:
         _teach_megatron_the_cpu()
     dist.init_process_group("nccl" if on_cuda else "gloo", rank=rank, world_size=world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor, distributed_timeout_minutes=parallel.timeout_minutes
+        tensor_model_parallel_size=parallel.tensor, distributed_timeout_minutes=math.ceil(parallel.timeout_minutes)
     )
     torch.manual_seed(seed)
     # The "inference" tracker forks nothing. The models have no dropout, so on CPU no tracked stream is ever drawn from.
@@ -141,7 +142,7 @@ def _launched_as() -> tuple[int, int, int]:
     vLLM's `external_launcher` reads torchrun's names too.
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
-        job_port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+        job_port = 10000 + int(os.environ["SLURM_JOB_ID"]) % 20000
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]

@@ -13,6 +13,7 @@ trainer <-- length-prefixed JSON over stdin and stdout --> worker <-- the same o
 `docs/verifier.md` explains the recipe and its limits.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -296,6 +297,9 @@ def _read_exactly(fd: int, size: int, read: Callable[[int, int], bytes]) -> byte
 # ------------------------------------------------------------------------------------------------ worker process
 
 OUT_OF_MEMORY = 12  # exit code of a child
+KILLED = "killed"  # by SIGKILL, which no answer can bring about: somebody else did it
+ATTEMPTS = 3  # for an answer whose child was killed
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a cluster sends them to all processes of a job
 _WARM_UP = [
     r"\frac{1}{2}+\sqrt{3}\pi", r"(1,2)", r"\left[\frac{\pi^2}{8},\infty\right)", r"x^2-3x+1=0", r"\{1,2\}", r"28\%",
     r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\text{Evelyn}", r"1\pm\sqrt{2}", r"90^\circ", r"x\le 5", r"10!", "a,b",
@@ -335,6 +339,8 @@ def _reason(status: int) -> str:
     """Why a child ended that owed an answer, from its wait status."""
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
         return "timeout"
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return KILLED
     return "memory" if os.WIFEXITED(status) and os.WEXITSTATUS(status) == OUT_OF_MEMORY else "crash"
 
 
@@ -359,8 +365,10 @@ class _Child:
     def grade(self, request: dict[str, object]) -> tuple[str, bool]:
         """The reason, and whether the child lives on."""
         self.answers += 1
-        write_message(self._socket.fileno(), request)
-        reply = read_message(self._socket.fileno())
+        reply = None
+        with contextlib.suppress(OSError):  # killed before it could read, or while it wrote
+            write_message(self._socket.fileno(), request)
+            reply = read_message(self._socket.fileno())
         if reply is not None:
             return str(reply["reason"]), True
         return _reason(self.close()), False
@@ -399,18 +407,28 @@ def serve(requests: int, replies: int, trainer_pid: int, cpu_s: float) -> None:
     gc.collect()
     gc.freeze()  # keeps the collector in the children from touching, so copying, the shared pages
     write_message(replies, {"ready": True})
-    child = None
+    child: _Child | None = None
+
+    def grade(request: dict[str, object]) -> str:
+        nonlocal child
+        for _ in range(ATTEMPTS):
+            if child is not None and child.answers >= ANSWERS_PER_CHILD:
+                child.close()
+                child = None
+            child = child or _Child(is_equal, cpu_s)
+            reason, lives = child.grade(request)
+            child = child if lives else None
+            if reason != KILLED:
+                return reason
+        return "crash"
+
     while (request := read_message(requests, read_while_trainer_lives)) is not None:
-        if child is not None and child.answers >= ANSWERS_PER_CHILD:
-            child.close()
-            child = None
-        child = child or _Child(is_equal, cpu_s)
-        reason, lives = child.grade(request)
-        child = child if lives else None
-        write_message(replies, {"reason": reason})
+        write_message(replies, {"reason": grade(request)})
 
 
 def main(trainer_pid: int, memory_bytes: int, cpu_s: float) -> None:
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     replies = os.dup(1)

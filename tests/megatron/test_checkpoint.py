@@ -308,7 +308,10 @@ def test_state_after_a_step() -> None:
     state = LoopState(step=7, tokens=100, skipped=1, skipped_in_a_row=1)
     skipped = state.after({"progress/tokens": Sum(5), "optim/skipped_steps": Max(1.0)})
     assert skipped == LoopState(step=8, tokens=105, skipped=2, skipped_in_a_row=2)
-    assert skipped.after({"progress/tokens": Sum(5), "optim/skipped_steps": Max(0.0)}) == LoopState(9, 110, 2, 0)
+    assert skipped.recent_norms == ()  # of a skipped step, none counts
+    good = skipped.after({"progress/tokens": Sum(5), "optim/skipped_steps": Max(0.0), "optim/grad_norm": Max(0.5)})
+    assert good == LoopState(9, 110, 2, 0)
+    assert good.recent_norms == [0.5]
 
 
 # ---- What the ranks run ----------------------------------------------------------------------------------------------
@@ -407,7 +410,7 @@ def _update(actor: MegatronGRPOActor, state: LoopState) -> tuple[LoopState, floa
     tokens = torch.randint(96, (4, 12), generator=torch.Generator().manual_seed(state.step))
     sequences = tuple(Sequence(tuple(row), 4) for row in tokens[runtime.dp_rank :: runtime.dp_size].tolist())
     result = actor.update(TrainBatch(sequences, ((1.0,) * 8,) * len(sequences), StepCounts(32, 4)), sft_loss)
-    after = state.after({"progress/tokens": Sum(32), "optim/skipped_steps": Max(float(result.skipped))})
+    after = state.after(result.metrics | {"progress/tokens": Sum(32)})
     return after, result.metrics["optim/grad_norm"].value()
 
 

@@ -228,6 +228,34 @@ def test_a_killed_worker_costs_no_answer() -> None:
             assert [v.reason for v in verdicts] == ["correct"] * 8
 
 
+def test_a_killed_child_costs_no_answer_and_stop_signals_end_nothing() -> None:
+    """The machine's out-of-memory killer and a cluster's preemption strike the child that grades, not the worker."""
+    golds = [f"{n}/2" for n in range(1, 200)]
+    with MathVerifier(workers=1) as pool:
+        pool.grade([r"\boxed{1/2}"], ["0.5"])
+        family = _family(pool)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for pid in family:
+                os.kill(pid, number)
+        done = threading.Event()
+        kills = threading.Thread(target=_kill_children_of, args=(_worker_pids(pool)[0], done))
+        kills.start()
+        verdicts = pool.grade([rf"\boxed{{\frac{{{n}}}{{2}}}}" for n in range(1, 200)], golds)
+        done.set()
+        kills.join()
+        assert [v.reason for v in verdicts] == ["correct"] * len(golds)
+        assert _worker_pids(pool)[0] == family[0]
+
+
+def _kill_children_of(worker: int, done: threading.Event) -> None:
+    killed = 0
+    while not done.wait(0.3) or not killed:
+        for pid in _descendants(worker):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            killed += 1
+
+
 def test_verdicts_do_not_depend_on_the_number_of_workers(verifier: MathVerifier) -> None:
     answers = [f"x^{n}+{n}" for n in range(2, 9)] + [rf"\frac{{3}}{{{n}}}" for n in range(6, 12)] + ["(20!)!", "", "4."]
     completions, golds = _boxed(answers) * 2, ["x^5+5"] * len(answers) + [r"\frac{1}{3}"] * len(answers)
