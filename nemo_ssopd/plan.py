@@ -325,6 +325,8 @@ def _static(config: Config, hf: HFModelConfig, machine: Machine) -> Rows:
         "gradients": trained * 4,
         "optimizer": optimizer / _data_parallel(config) if config.optimizer.distributed else optimizer,
     }
+    if config.algorithm.teacher == "ema":
+        rows["teacher average"] = trained * 4
     if machine.on_cuda:
         rows["CUDA context, NCCL"] = (machine.context_gib + machine.nccl_gib) * GIB
     return rows

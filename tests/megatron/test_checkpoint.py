@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from nemo_ssopd.algo.objective import sft_loss
 from nemo_ssopd.config import (
+    AlgorithmConfig,
     Config,
     DataConfig,
     LoraConfig,
@@ -45,7 +46,7 @@ from tests.distributed import run_distributed
 from tests.megatron.hf_models import save_random_model
 
 ONE, TP2, DP2 = ParallelConfig(world_size=1), ParallelConfig(world_size=2, tensor=2), ParallelConfig(world_size=2)
-LR = 1e-2
+LR, EMA_DECAY = 1e-2, 0.75
 SAVED, LAST = 2, 4
 Tensors = dict[str, torch.Tensor]
 
@@ -58,6 +59,8 @@ class Trained:
     weights: dict[int, Tensors]
     grad_norms: dict[int, float]
     folders: list[str]
+    teachers: dict[int, Tensors]
+    """The averaged teacher's weights."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Runs(dict[str, Run]):
             model=ModelConfig(path=self.base, dtype=dtype, recompute=False),
             lora=LoraConfig(enabled=lora, rank=4, alpha=8.0),
             parallel=parallel,
+            algorithm=AlgorithmConfig(teacher="ema", ema_decay=EMA_DECAY),
             data=DataConfig(train="train.jsonl"),
             optimizer=OptimizerConfig(lr=LR, warmup_steps=3, distributed=distributed),
             trainer=TrainerConfig(keep_checkpoints=2),
@@ -124,7 +128,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Runs, name: str) -> None
         assert again.grad_norms == {step: whole.grad_norms[step] for step in (3, 4)}
         for step in (SAVED, 3, LAST):
             assert _difference(whole.weights[step], again.weights[step]) == 0.0
+            assert _difference(whole.teachers[step], again.teachers[step]) == 0.0
         assert _difference(whole.weights[3], whole.weights[LAST]) > LR / 2, "each step moves the weights"
+
+
+@pytest.mark.parametrize("name", ["tp2, all weights, optimizer not distributed", "dp2, all weights"])
+def test_the_averaged_teacher_is_the_average(runs: Runs, name: str) -> None:
+    for rank in runs[name].ranks:
+        expected = rank.weights[0]
+        for step in range(1, LAST + 1):
+            expected = {n: EMA_DECAY * e + (1 - EMA_DECAY) * rank.weights[step][n] for n, e in expected.items()}
+            assert _difference(expected, rank.teachers[step]) < 1e-6
+        assert _difference(rank.teachers[LAST], rank.weights[LAST]) > LR / 2
 
 
 @pytest.mark.parametrize(
@@ -141,6 +156,7 @@ def test_loads_at_another_layout(runs: Runs, name: str, parallel: ParallelConfig
     whole = runs[name].ranks[0]
     for again in run_distributed(resume, parallel.world_size, runs[name].config, parallel):
         assert _difference(whole.weights[SAVED], again.weights[SAVED]) == 0.0
+        assert _difference(whole.teachers[SAVED], again.teachers[SAVED]) == 0.0
         for step in (3, LAST):
             assert again.grad_norms[step] == pytest.approx(whole.grad_norms[step], rel=1e-4)
             assert _difference(whole.weights[step], again.weights[step]) < LR / 100
@@ -394,14 +410,15 @@ def _actor(config: Config, runtime: Runtime) -> MegatronGRPOActor:
 
 def _train(actor: MegatronGRPOActor, config: Config, start: LoopState, save_at: tuple[int, ...]) -> Trained:
     state, weights, grad_norms = start, {start.step: _weights(actor)}, {}
+    teachers = {start.step: _teacher(actor)}
     while True:
         if state.step in save_at:
             save_checkpoint(actor, config, state)
         if state.step == LAST:
             break
         state, grad_norms[state.step] = _update(actor, state)
-        weights[state.step] = _weights(actor)
-    return Trained(start, weights, grad_norms, sorted(os.listdir(Path(config.run_dir) / "checkpoints")))
+        weights[state.step], teachers[state.step] = _weights(actor), _teacher(actor)
+    return Trained(start, weights, grad_norms, sorted(os.listdir(Path(config.run_dir) / "checkpoints")), teachers)
 
 
 def _update(actor: MegatronGRPOActor, state: LoopState) -> tuple[LoopState, float]:
@@ -416,6 +433,11 @@ def _update(actor: MegatronGRPOActor, state: LoopState) -> tuple[LoopState, floa
 
 def _weights(actor: MegatronGRPOActor) -> Tensors:
     return {name: tensor.clone() for name, tensor in actor.weights()}
+
+
+def _teacher(actor: MegatronGRPOActor) -> Tensors:
+    with actor.teacher():
+        return _weights(actor)
 
 
 def _difference(a: Tensors, b: Tensors) -> float:
