@@ -123,6 +123,15 @@ def test_no_auxiliary_weight_is_grpo_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(exported(grpo)[name], tensor), name
 
 
+def test_opsd_distils_every_rollout_and_rewards_none(tmp_path: Path) -> None:
+    short = ("trainer.max_steps=1", "data.eval=null", "logging.tensorboard=false", "trainer.export=false")
+    (row,) = metrics(finished(tmp_path / "opsd", "algorithm=opsd", "rollout.group_size=1", *short))
+    assert row["ssopd/pairs"] == 4
+    assert row["loss/grpo"] == 0.0
+    assert row["loss/total"] == pytest.approx(row["ssopd/loss"])
+    assert row["optim/grad_norm"] > 0
+
+
 def test_adapters_and_two_data_parallel_ranks(tmp_path: Path) -> None:
     run_dir = finished(
         tmp_path / "lora",
@@ -133,11 +142,21 @@ def test_adapters_and_two_data_parallel_ranks(tmp_path: Path) -> None:
         "optimizer.lr=1e-2",
         "trainer.updates_per_step=2",
         "algorithm.reference_kl=0.01",
+        "algorithm.refills=1",
+        "algorithm.normalization=sequence",
+        "algorithm.teacher=ema",
+        "algorithm.divergence=jsd",
+        "algorithm.contrast=0.2",
+        "rollout.group_size=4",
         "trainer.max_steps=2",
         "data.eval=null",
     )
     rows = metrics(run_dir)
     assert all(row["rollout/logprob_mismatch_max"] < 1e-4 for row in rows)
+    for row in rows:  # what a second draw brought is in the counts, and every pair has a second teacher
+        draws = [json.loads(line) for file in run_dir.glob(f"rollouts/step_{row['step']:06}*") for line in open(file)]
+        assert len(draws) == 4 * (4 + row["group/dropped_uniform"])
+        assert row["ssopd/kl_away"] > 0
     assert rows[0]["loss/reference_kl"] < rows[1]["loss/reference_kl"]  # the adapters have left the reference
     before, after = load_file(ROOT / "assets/demo_model/model.safetensors"), exported(run_dir)
     changed = {name for name in after if not torch.equal(after[name], before[name])}

@@ -40,6 +40,7 @@ class Recorded:
     old_logprobs: tuple[torch.Tensor, ...]
     teachers: dict[int, Sequence]
     weights: dict[int, float]
+    scales: tuple[float, ...]
     prompts: int = 4
 
 
@@ -65,6 +66,7 @@ def record(path: str) -> Recorded:
         old_logprobs=tuple((e + n).float() for e, n in zip(exact, noise, strict=True)),
         teachers=teachers,
         weights={2: 0.25, 5: 0.1875},
+        scales=(1.0, 0.5, 2.0, 1.0, 0.0, 1.0, 1.5, 1.0),
     )
 
 
@@ -97,7 +99,7 @@ def reference_loss(student: torch.nn.Module, initial: torch.nn.Module, recorded:
         ratio, advantage = (logp - recorded.old_logprobs[i].double()).exp(), recorded.advantages[i]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
         k3 = (reference - logp).exp() - (reference - logp) - 1
-        grpo = grpo - (surrogate - REFERENCE_KL * k3).sum()
+        grpo = grpo - recorded.scales[i] * (surrogate - REFERENCE_KL * k3).sum()
         if i in recorded.teachers:
             teacher = recorded.teachers[i]
             with torch.no_grad():
@@ -151,6 +153,7 @@ def one_update(actor: MegatronGRPOActor, recorded: Recorded, *, aux: bool = True
         counts=StepCounts(sum(s.completion_length for s in recorded.sequences), recorded.prompts),
         old_logprobs=tuple(recorded.old_logprobs[i] for i in mine),
         reference_logprobs=reference,
+        scales=tuple(recorded.scales[i] for i in mine),
     )
     loss = partial(grpo_loss, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, reference_kl=REFERENCE_KL)
     return actor.update(batch, loss, distillation if aux else None)
