@@ -146,6 +146,10 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception):
             self._fail(error)
+        self.leave()
+
+    def leave(self) -> None:
+        """This rank is done, and nobody is to miss it."""
         self._closed.set()
         self._thread.join()
         self.enter("done")

@@ -211,12 +211,11 @@ def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> N
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
-def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, state: LoopState) -> LoopState:
+def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, budget: TimeBudget, state: LoopState) -> LoopState:
     """Steps until trainer.max_steps, or until all ranks agree to stop. Logged steps count completed ones; what comes
     back is saved. Evaluations and checkpoints come on the way."""
     config, last = trainer.config.trainer, trainer.config.trainer.max_steps
     first = saved = state.step
-    budget = TimeBudget(config.time_budget_minutes)
     take_step = sft_step if trainer.config.algorithm.name == "sft" else train_step
     if config.eval_at_ends and trainer.data.eval and state.step == 0:
         logger.log(0, evaluate_policy(trainer, step=0))
@@ -396,6 +395,7 @@ def sinks(config: Config, state: LoopState) -> list[Sink]:
 
 def train(config: Config) -> int:
     """A whole run on this rank; the exit code. An error ends the process, with one line from one of the ranks."""
+    budget = TimeBudget(config.trainer.time_budget_minutes)
     data = load_data(config)
     runtime = initialize(config.parallel, seed=config.trainer.seed)
     with Watch(
@@ -413,7 +413,7 @@ def train(config: Config) -> int:
             Logger(sinks(config, state) if runtime.is_main else []) as logger,
             CheckpointSaver(trainer.actor, config) as saver,
         ):
-            state = run(trainer, logger, saver, state)
+            state = run(trainer, logger, saver, budget, state)
         if state.step < config.trainer.max_steps:
             leave_together(trainer)
         finish(trainer)
@@ -453,7 +453,7 @@ def finish(trainer: Trainer) -> None:
 def leave_together(trainer: Trainer) -> NoReturn:
     """End a run that was asked to stop, at once: whoever asked may not wait. And together: when one rank leaves with
     this code, srun ends the others. Grading processes see the pipe close."""
-    trainer.watch.enter("done")
     dist.barrier(group=trainer.runtime.cpu_group)
+    trainer.watch.leave()
     sys.stdout.flush()
     os._exit(EXIT_STOPPED)
