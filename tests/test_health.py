@@ -160,7 +160,7 @@ WORKER = """
 import os, signal, sys, time
 from nemo_ssopd.signals import note_stop_requests, received
 note_stop_requests()
-print("up", flush=True)
+os.write(1, b"up\\n")  # in one piece, whatever the other worker writes
 rank = int(os.environ["RANK"])
 if sys.argv[1] == "dies" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
