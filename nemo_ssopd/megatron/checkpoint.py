@@ -32,7 +32,9 @@ from omegaconf import OmegaConf
 
 from nemo_ssopd.config import Config
 from nemo_ssopd.health import RECENT_STEPS
+from nemo_ssopd.hf_config import read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.megatron.bridge_config import extra_states, run_config
 from nemo_ssopd.megatron.export import copy_companions
 from nemo_ssopd.megatron.fingerprint import base_fingerprint
 from nemo_ssopd.megatron.runtime import Runtime
@@ -141,6 +143,8 @@ class CheckpointSaver:
             "checkpoint_version": 3.0,
             "content_metadata": CONTENT,
         }
+        if not self._config.lora.enabled and self._runtime.is_main:
+            sharded["extra_states"] = extra_states(self._actor.hf)
         snapshot = take_snapshot(sharded, copy=self._thread is not None)
         if self._thread is None:
             self._write(snapshot, state, score)
@@ -189,6 +193,9 @@ def write_texts(folder: Path, config: Config, state: LoopState, score: float | N
     about = {"format": FORMAT, "loop": asdict(state), "avg_at_n": score, "base": _base(config)}
     (folder / STATE).write_text(json.dumps(about, indent=2) + "\n")
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    if not config.lora.enabled:
+        layout = run_config(read_hf_config(config.model.path), config.model)
+        OmegaConf.save(OmegaConf.create(layout), folder / "run_config.yaml")
     (folder / "hf").mkdir()
     copy_companions(Path(config.model.path), folder / "hf")
 

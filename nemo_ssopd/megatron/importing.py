@@ -21,10 +21,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from nemo_ssopd.config import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig, check_tensor
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.megatron.bridge_config import extra_states
 from nemo_ssopd.megatron.checkpoint import CONTENT, LoopState, trained_weights, write_texts
 from nemo_ssopd.megatron.model import DTYPES, build_model
 from nemo_ssopd.megatron.runtime import Runtime
-from nemo_ssopd.megatron.storage import take_snapshot, write_checkpoint
+from nemo_ssopd.megatron.storage import CheckpointError, take_snapshot, write_checkpoint
 from nemo_ssopd.megatron.weights import load_hf_weights, tensor_files
 
 
@@ -51,16 +52,16 @@ def import_hf(path: str, output: Path, parallel: ParallelConfig, runtime: Runtim
             "iteration": 0,
             "checkpoint_version": 3.0,
             "content_metadata": CONTENT,
+            "extra_states": extra_states(hf) if runtime.is_main else {},
         },
         copy=False,
     )
     final = output / "iter_0000000"
-    write_checkpoint(
-        final,
-        replace(snapshot, value_of=_FromHuggingFace(model, hf, path, runtime)),
-        lambda folder: write_texts(folder, config, LoopState(), score=None),
-        runtime,
-    )
+    snapshot = replace(snapshot, value_of=_FromHuggingFace(model, hf, path, runtime))
+    try:
+        write_checkpoint(final, snapshot, lambda folder: write_texts(folder, config, LoopState(), score=None), runtime)
+    except CheckpointError as error:
+        raise CheckpointError(f"{final} could not be written: {error}. Make room, or give another folder") from error
     return final
 
 

@@ -164,7 +164,8 @@ def take_snapshot(sharded: dict[str, Any], *, copy: bool) -> Snapshot:
     if copy:
         common = deepcopy(common)
         for tensor in nested_values(tensors):
-            tensor.data = tensor.data.detach().to("cpu", copy=True)
+            if isinstance(tensor, ShardedTensor):
+                tensor.data = tensor.data.detach().to("cpu", copy=True)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
     return Snapshot(mcore_to_pyt_state_dict(by_key), common)
 
@@ -177,7 +178,8 @@ class _SavePlanner(MCoreSavePlanner):
         self._value_of = snapshot.value_of
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._value_of(index) if self._value_of else super().lookup_object(index)
+        found = super().lookup_object(index)
+        return self._value_of(index) if self._value_of and isinstance(found, torch.Tensor) else found
 
 
 def _write_tensors(snapshot: Snapshot, folder: Path, runtime: Runtime) -> None:
@@ -215,6 +217,10 @@ ALLOWED_IN_INDEX = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("pathlib", "Path"),
     ("pathlib", "PosixPath"),
+    *(
+        ("torch.distributed.checkpoint.planner", name)
+        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ),
     *(
         ("torch.distributed.checkpoint.metadata", name)
         for name in (
@@ -306,7 +312,9 @@ def _saved_tensor(index: Metadata, key: str, folder: str | Path) -> TensorStorag
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """What the checkpoint holds beside tensors; ValueError when that is more than data."""
+    """What common.pt holds; Megatron-Core 0.19 writes none. ValueError when it is more than data."""
+    if not (folder / COMMON).is_file():
+        return {}
     try:
         return cast(dict[str, Any], torch.load(folder / COMMON, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
@@ -339,7 +347,9 @@ def everywhere(runtime: Runtime, action: Callable[[], T]) -> list[T]:
         failure = "; ".join(f"rank {rank}: {what!r}" for rank, (what, _) in sorted(error.failures.items()))
         cause = error
     except Exception as error:
-        failure, cause = f"rank {runtime.rank}: {error!r}", error
+        # torch's writer hides that a disk is full behind an error of its own.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        failure = f"rank {runtime.rank}: {cause!r}"
     gathered: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(gathered, (result, failure), group=runtime.cpu_group)
     if failures := dict.fromkeys(failure for _, failure in gathered if failure):

@@ -9,6 +9,8 @@ import os
 import pickle
 import resource
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,12 +35,13 @@ from nemo_ssopd.config import (
     TrainerConfig,
 )
 from nemo_ssopd.hf_config import read_hf_config
+from nemo_ssopd.megatron import storage
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
-from nemo_ssopd.megatron.checkpoint import LoopState, load_checkpoint, save_checkpoint, saved_config
+from nemo_ssopd.megatron.checkpoint import CheckpointSaver, LoopState, load_checkpoint, save_checkpoint, saved_config
 from nemo_ssopd.megatron.fingerprint import base_fingerprint
 from nemo_ssopd.megatron.policy import load_policy, open_checkpoint, stream_policy
 from nemo_ssopd.megatron.runtime import Runtime, initialize
-from nemo_ssopd.megatron.storage import CheckpointError, latest_checkpoint
+from nemo_ssopd.megatron.storage import CheckpointError, checkpoints, latest_checkpoint
 from nemo_ssopd.megatron.weights import hf_weights
 from nemo_ssopd.metrics import Max, Sum
 from nemo_ssopd.types import Sequence, StepCounts, TrainBatch
@@ -249,6 +252,55 @@ def test_full_disk_leaves_the_older_checkpoints(runs: Runs, tmp_path: Path, rank
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["iter_0000003", "latest_checkpointed_iteration.txt"]
 
 
+# ---- In the background, and the best one -----------------------------------------------------------------------------
+
+
+def test_a_save_in_the_background_is_of_the_moment_it_began(runs: Runs, tmp_path: Path) -> None:
+    for name in ("tp2, adapters", "dp2, all weights, bfloat16", "tp2, all weights, optimizer not distributed"):
+        config = replace(runs[name].config, run_dir=str(tmp_path / name), trainer=TrainerConfig(async_save=True))
+        for saved, seen, loaded, grad_norms in run_distributed(save_in_the_background, 2, config):
+            assert seen == []  # the thread had not written it yet
+            assert _difference(saved, loaded) == 0.0
+            assert grad_norms[0] == grad_norms[1], "the optimizer's state is that moment's too"
+
+
+def test_an_error_in_the_background_comes_up_on_every_rank(runs: Runs, tmp_path: Path) -> None:
+    config = replace(
+        runs["tp2, adapters"].config, run_dir=str(tmp_path), trainer=TrainerConfig(async_save=True, keep_checkpoints=1)
+    )
+    for error, left in run_distributed(fail_in_the_background, 2, config):
+        assert error.startswith(f"step 2 could not be saved under run_dir={str(tmp_path)!r}: rank 1: ")
+        assert "File too large" in error
+        assert left == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+
+
+def test_a_process_killed_during_a_background_save_leaves_the_one_before(runs: Runs, tmp_path: Path) -> None:
+    config = replace(
+        runs["tp2, adapters"].config, run_dir=str(tmp_path), parallel=ONE, trainer=TrainerConfig(async_save=True)
+    )
+    with pytest.raises(RuntimeError, match="died without a word"):
+        run_distributed(die_in_the_background, 1, config)
+    assert (tmp_path / "checkpoints" / ".iter_0000002.tmp").is_dir()
+    [([state], _)] = run_distributed(load_each, 1, config, [str(tmp_path)])
+    assert state == LoopState(step=1)
+
+
+def test_the_best_checkpoint_is_kept_also_after_a_resume(runs: Runs, tmp_path: Path) -> None:
+    config = replace(
+        runs["tp2, adapters"].config, run_dir=str(tmp_path), parallel=ONE, trainer=TrainerConfig(keep_checkpoints=1)
+    )
+    [(first, is_best)] = run_distributed(save_with_scores, 1, config, {1: 0.5, 2: 0.8, 3: None, 4: 0.8})
+    assert first == ["iter_0000002", "iter_0000004"]
+    assert is_best == [True, True, False, False]
+    [(second, is_best)] = run_distributed(save_with_scores, 1, config, {5: 0.7, 6: None})
+    assert (second, is_best) == (["iter_0000002", "iter_0000006"], [False, False])
+    assert (tmp_path / "checkpoints" / "best_checkpointed_iteration.txt").read_text() == "2"
+    [(third, is_best)] = run_distributed(save_with_scores, 1, config, {7: 0.9, 8: None})
+    assert (third, is_best) == (["iter_0000007", "iter_0000008"], [True, False])
+    off = replace(config, trainer=TrainerConfig(keep_checkpoints=1, keep_best=False))
+    assert run_distributed(save_with_scores, 1, off, {9: 1.0, 10: 0.0}) == [(["iter_0000010"], [False, False])]
+
+
 # ---- What must be refused --------------------------------------------------------------------------------------------
 
 
@@ -375,6 +427,71 @@ def save_on_a_full_disk(config: Config, full_rank: int, limit: int) -> tuple[str
     state = load_checkpoint(actor, config)
     save_checkpoint(actor, config, LoopState(step=3))
     return str(error.value), left, state
+
+
+def save_in_the_background(config: Config) -> tuple[Tensors, list[str], Tensors, list[float]]:
+    """Weights at the save, checkpoints seen right after it, weights that load, and the norms of the step after both."""
+    actor = _actor(config, initialize(config.parallel, seed=1))
+    state, _ = _update(actor, LoopState())
+    saved, parent = _weights(actor), Path(config.run_dir) / "checkpoints"
+    with CheckpointSaver(actor, config) as saver, _held_back() as write:
+        saver.save(state)
+        _, grad_norm = _update(actor, state)
+        saver.check()
+        seen = [folder.name for folder in checkpoints(parent)]
+        write.set()
+    assert load_checkpoint(actor, config) == state
+    loaded = _weights(actor)
+    return saved, seen, loaded, [grad_norm, _update(actor, state)[1]]
+
+
+def fail_in_the_background(config: Config) -> tuple[str, list[str]]:
+    runtime = initialize(config.parallel, seed=1)
+    actor = _actor(config, runtime)
+    with pytest.raises(CheckpointError) as error, CheckpointSaver(actor, config) as saver:
+        saver.save(LoopState(step=1))
+        saver.finish()
+        with _file_size_limit(2**12 if runtime.rank == 1 else resource.RLIM_INFINITY):
+            saver.save(LoopState(step=2))
+            while True:  # the steps of a training run
+                saver.check()
+    return str(error.value), sorted(os.listdir(Path(config.run_dir) / "checkpoints"))
+
+
+def die_in_the_background(config: Config) -> None:
+    actor = _actor(config, initialize(ONE, seed=1))
+    saver = CheckpointSaver(actor, config)
+    saver.save(LoopState(step=1))
+    saver.finish()
+    with _held_back():
+        saver.save(LoopState(step=2))
+        while not (Path(config.run_dir) / "checkpoints" / ".iter_0000002.tmp").is_dir():
+            time.sleep(0.01)
+        os._exit(1)
+
+
+def save_with_scores(config: Config, scores: dict[int, float | None]) -> tuple[list[str], list[bool]]:
+    actor = _actor(config, initialize(ONE, seed=1))
+    is_best = []
+    with CheckpointSaver(actor, config) as saver:
+        for step, score in scores.items():
+            is_best.append(saver.is_best(score))
+            saver.save(LoopState(step=step), score)
+    return sorted(folder.name for folder in checkpoints(Path(config.run_dir) / "checkpoints")), is_best
+
+
+@contextmanager
+def _held_back() -> Iterator[threading.Event]:
+    """Tensors are written only once the event is set."""
+    write, event = storage._write_tensors, threading.Event()
+
+    def wait_and_write(*arguments: Any) -> None:
+        event.wait()
+        write(*arguments)
+
+    storage._write_tensors = wait_and_write
+    yield event
+    storage._write_tensors = write
 
 
 def load_each(config: Config, run_dirs: list[str]) -> tuple[list[LoopState | str], list[str]]:
