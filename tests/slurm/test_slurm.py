@@ -101,7 +101,12 @@ def test_an_evaluation_that_is_warned_goes_on(cluster: Cluster, undisturbed: Pat
         *("evaluation.samples=1", "batch=4", "parallel.world_size=2"),
     )
     samples = run_dir / "undisturbed" / "products" / "samples.jsonl"
-    until(lambda: samples.exists() and samples.stat().st_size > 0, RUN_S, "nothing was evaluated")
+
+    def has_begun() -> bool:
+        assert cluster.job(job)["JobState"] != "FAILED", said(cluster, job) + log(cluster, job, 0)
+        return samples.exists() and samples.stat().st_size > 0
+
+    until(has_begun, RUN_S, "nothing was evaluated")
     cluster.run("scancel", "--signal=USR1", str(job))
     cluster.wait(job, "COMPLETED", timeout_s=RUN_S)
     assert cluster.job(job)["Restarts"] == "1"
