@@ -211,6 +211,7 @@ _DIGIT_RUN = re.compile(rf"[0-9]{{{MAX_DIGIT_RUN + 1},}}")
 _HUGE_EXPONENT = re.compile(r"(?:\^[\s{(]*[-+]?[\s{(]*|[0-9]\s*[eE]\s*[-+]?)[0-9]{5,}")
 _TOWER = re.compile(r"\^[\s{(]*([0-9]{1,79})[\s})]*\^[\s{(]*([0-9]{1,79})")
 _HUGE_FACTORIAL = re.compile(r"[0-9]{4,}[\s)}\]]*!|![\s)}\]]*!")
+_HUGE_GAMMA = re.compile(r"\\Gamma\s*(?:\\left)?\s*[({]?[^(){}]*(?:[0-9]{4,}|\^)")
 _HUGE_BINOMIAL = re.compile(r"\\[dt]?binom\s*(?:\{[^{}]*\})?\s*\{?[^{}]*[0-9]{4,}")
 
 
@@ -225,6 +226,7 @@ def is_dangerous(side: str) -> bool:
         or bool(_HUGE_EXPONENT.search(side))
         or any(_has_five_digits(int(base), int(power)) for base, power in _TOWER.findall(side))
         or bool(_HUGE_FACTORIAL.search(side))
+        or bool(_HUGE_GAMMA.search(side))
         or bool(_HUGE_BINOMIAL.search(side))
         or factorials > MAX_FACTORIALS
         or (factorials > 0 and _power_nesting(side) > 1)

@@ -134,6 +134,8 @@ def test_a_bare_list_is_ordered_where_the_other_side_is(
         ("9^{9^{9^9}}", "9^{9^{9^9}}", "correct"),  # equal spelling needs no arithmetic
         ("204_7", "204_5", "wrong"),
         ("1" * 5000, "42", "refused"),
+        (r"\Gamma(10^7)", "1", "refused"),
+        (r"\Gamma\left(123456\right)", "1", "refused"),
         ("42", "7" * 5000, "refused"),  # too long for int()
         ("\u0664\u0662", "42", ""),  # other scripts' digits are not integers here
         ("4\x002", "42", "refused"),
