@@ -23,6 +23,7 @@ from nemo_ssopd.health import Beat, read_beat
 from nemo_ssopd.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).parents[2]
+GRADING = ROOT / "nemo_ssopd" / "rollout" / "grading.py"
 BOUND_S = 400  # of a whole run, on a busy machine
 VOLATILE = ("time/", "memory/", "progress/tokens_per_second")
 STEPS = 8
@@ -80,7 +81,7 @@ def of_run(run_dir: Path) -> list[str]:
     found = []
     for process in psutil.process_iter(["cmdline", "ppid"]):
         line = " ".join(process.info["cmdline"] or ())
-        if f"run_dir={run_dir}" in line or "rollout/grading.py" in line and process.info["ppid"] == 1:
+        if f"run_dir={run_dir}" in line or str(GRADING) in line and process.info["ppid"] == 1:
             found.append(line)
     return found
 
