@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nemo_ssopd.rollout.grading import MAX_BOX_CHARS, _Child, aligned, canonical, decide, last_box
+from nemo_ssopd.rollout.grading import KILLED, MAX_BOX_CHARS, _Child, aligned, canonical, decide, last_box
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def _hostile_equality(answer: str, gold: str) -> bool:
         ("uninterruptible", "timeout", False),
         ("SIGSEGV", "crash", False),
         ("SIGABRT", "crash", False),
-        ("SIGKILL", "crash", False),
+        ("SIGKILL", KILLED, False),
         ("exit", "crash", False),
         ("memory", "memory", False),
     ],
