@@ -8,7 +8,7 @@ Exit codes: 0 finished, 75 stopped on request and saved, everything else failed.
 
 from __future__ import annotations
 
-from nemo_ssopd.signals import EXIT_STOPPED, note_stop_requests, received
+from nemo_ssopd.signals import EXIT_STOPPED, ignore_stop_requests, note_stop_requests, received
 
 note_stop_requests()  # before the imports that take seconds
 
@@ -40,11 +40,14 @@ def main(composed: DictConfig) -> None:
             load_data(config)  # for its errors: one clear message here, rather than one from every worker
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if not under_launcher():
-        sys.exit(start(config))
-    from nemo_ssopd.train import train  # noqa: PLC0415 -- Megatron-Core and vLLM, which checking a config can do without
+    if under_launcher():
+        from nemo_ssopd.train import train  # noqa: PLC0415 -- Megatron-Core and vLLM; checking a config needs neither
 
-    sys.exit(train(config))
+        code = train(config)
+    else:
+        code = start(config)
+    ignore_stop_requests()
+    sys.exit(code)
 
 
 def start(config: Config) -> int:

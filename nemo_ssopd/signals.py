@@ -28,5 +28,11 @@ def die_of_stop_requests() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
+def ignore_stop_requests() -> None:
+    """Nothing is left to stop. As it ends, the interpreter would give the signals their deadly default back."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     received.append(signal.Signals(number))
