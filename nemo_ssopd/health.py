@@ -88,7 +88,7 @@ def beat_file(run_dir: str | Path, rank: int) -> Path:
 
 
 def read_beat(run_dir: str | Path, rank: int) -> Beat | None:
-    """None when there is none, or it is being written."""
+    """None when there is none."""
     try:
         return Beat(**json.loads(beat_file(run_dir, rank).read_text()))
     except (OSError, ValueError, TypeError):
@@ -122,6 +122,7 @@ class Watch:
         self._lock = threading.Lock()
         self._main_thread = threading.get_ident()
         self._beat, self._step, self._stage, self._seconds = 0, 0, "start", 0.0
+        self._entered = time.monotonic()
         self._stages = ["start"]
         self._error: str | None = None
         self._warned: tuple[int, str] | None = None
@@ -137,7 +138,7 @@ class Watch:
                 self._step, self._stages = step, []
             if stage not in self._stages:
                 self._stages.append(stage)
-            self._stage, self._seconds = stage, 0.0
+            self._stage, self._seconds, self._entered = stage, 0.0, time.monotonic()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -175,15 +176,19 @@ class Watch:
     def _write(self) -> None:
         self._beat += 1
         with contextlib.suppress(OSError):  # a full disk: what trains will meet it too, and can say so
-            beat_file(self._run_dir, self._rank).write_text(json.dumps(vars(self.here())) + "\n")
+            file = beat_file(self._run_dir, self._rank)
+            whole = file.with_suffix(".new")  # others read at any time, and must not find half a file
+            whole.write_text(json.dumps(vars(self.here())) + "\n")
+            os.replace(whole, file)
 
     def _run(self) -> None:
         last = time.monotonic()
         while not self._closed.wait(INTERVAL_S):
             now = time.monotonic()
-            elapsed, last = min(now - last, 2 * INTERVAL_S), now
+            elapsed = min(now - last, 2 * INTERVAL_S)
             with self._lock:
-                self._seconds += elapsed
+                self._seconds += min(elapsed, now - self._entered)
+            last = now
             self._write()
             if self._seconds > self._limit_s:
                 self._leave_stack()
