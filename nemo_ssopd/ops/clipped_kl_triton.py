@@ -1,4 +1,4 @@
-"""The row kernels in Triton, for CUDA: those of `row_kernels_torch`, whose docstrings say what they compute.
+"""The row kernels in Triton, for CUDA: those of `row_kernels_numba`, whose docstrings say what they compute.
 
 A program owns one row and SPLIT_COLUMNS of its columns, so that few tokens still fill the GPU. It keeps its sums in
 registers; the splits of a row are then added in a fixed order, as shards are, so that every run gives the same bits.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemo_ssopd.ops.row_kernels_torch import LN_2, LOG2_E, RowNorm, merge_statistics
+from nemo_ssopd.ops.vocab_parallel import LN_2, LOG2_E, RowNorm, merge_statistics, with_unit_stride
 
 BLOCK = 2048  # columns in flight: 16 per thread, two 16-byte loads of bf16
 SPLIT_COLUMNS = 8 * BLOCK
@@ -26,9 +26,7 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def _statistics_kernel(
-    logits_ptr, stats_ptr, row_stride, num_rows, width, SPLIT: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr
-):
+def _statistics_kernel(logits_ptr, stats_ptr, row_stride, num_rows, width, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     maximum = _LOWEST
@@ -44,10 +42,9 @@ def _statistics_kernel(
         scale = tl.exp2(shift)
         z = tl.fma(logits, tl.full([BLOCK], _LOG2_E, tl.float32), tl.zeros([BLOCK], tl.float32) - new_maximum)
         power = tl.exp2(z)
-        if ENTROPY:
-            # The first shift is the lowest float: its product with a sum of 0 must be 0, so it is kept away from -inf.
-            old = (weighted + total * tl.maximum(shift, -2000.0)) * scale
-            weighted = old + tl.sum(power * tl.maximum(z, -2000.0), axis=0)
+        # The first shift is the lowest float: its product with a sum of 0 must be 0, so it is kept away from -inf.
+        old = (weighted + total * tl.maximum(shift, -2000.0)) * scale
+        weighted = old + tl.sum(power * tl.maximum(z, -2000.0), axis=0)
         total = total * scale + tl.sum(power, axis=0)
         maximum = new_maximum
     out_ptr = stats_ptr + (split * num_rows + row) * 3
@@ -175,9 +172,9 @@ def _logprob_gradient_kernel(
         tl.store(out_ptr + row * out_stride + columns, grad.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def row_statistics(logits_TW: Tensor, with_entropy: bool) -> Tensor:
+def row_statistics(logits_TW: Tensor) -> Tensor:
     num_rows, width = logits_TW.shape
-    logits_TW = _with_unit_stride(logits_TW)
+    logits_TW = with_unit_stride(logits_TW)
     stats_NT3 = logits_TW.new_zeros(_num_splits(width), num_rows, 3, dtype=torch.float32)
     stats_NT3[:, :, 0] = torch.finfo(torch.float32).min
     if logits_TW.numel() > 0:
@@ -189,24 +186,20 @@ def row_statistics(logits_TW: Tensor, with_entropy: bool) -> Tensor:
             width,
             SPLIT=SPLIT_COLUMNS,
             BLOCK=BLOCK,
-            ENTROPY=with_entropy,
             num_warps=NUM_WARPS,
         )
     return merge_statistics(stats_NT3)
 
 
-def kl_sums(
-    student_TW: Tensor, teacher_TW: Tensor, student: RowNorm, teacher: RowNorm, clip: float, with_stats: bool
-) -> Tensor:
-    del with_stats  # they are free here
+def kl_sums(student_TW: Tensor, teacher_TW: Tensor, student: RowNorm, teacher: RowNorm, clip: float) -> Tensor:
     num_rows, width = student_TW.shape
-    student_TW, teacher_TW = _with_unit_stride(student_TW), _with_unit_stride(teacher_TW)
+    student_TW, teacher_TW = with_unit_stride(student_TW), with_unit_stride(teacher_TW)
     sums_NT4 = student_TW.new_zeros(_num_splits(width), num_rows, 4, dtype=torch.float32)
     if student_TW.numel() > 0:
         _kl_sums_kernel[(num_rows, _num_splits(width))](
             student_TW,
             teacher_TW,
-            torch.stack([*student, *teacher]),
+            torch.stack([*student, *teacher]).float(),
             sums_NT4,
             student_TW.stride(0),
             teacher_TW.stride(0),
@@ -237,13 +230,13 @@ def write_kl_gradient(
     num_rows, width = student_TW.shape
     if student_TW.numel() == 0:
         return
-    student_TW, teacher_TW = _with_unit_stride(student_TW), _with_unit_stride(teacher_TW)
+    student_TW, teacher_TW = with_unit_stride(student_TW), with_unit_stride(teacher_TW)
     assert out_TW.stride(1) == 1, "gradients are written into buffers of our own"
     unclipped_mass_T = unclipped_mass_T.contiguous()
     _kl_gradient_kernel[(num_rows, _num_splits(width))](
         student_TW,
         teacher_TW,
-        torch.stack([*student, *teacher]),
+        torch.stack([*student, *teacher]).float(),
         unclipped_mass_T,
         unclipped_mass_T if upstream_T is None else upstream_T.float().contiguous(),
         out_TW,
@@ -266,9 +259,9 @@ def write_logprob_gradient(
     num_rows, width = logits_TW.shape
     if logits_TW.numel() == 0:
         return
-    logits_TW = _with_unit_stride(logits_TW)
+    logits_TW = with_unit_stride(logits_TW)
     assert out_TW.stride(1) == 1, "gradients are written into buffers of our own"
-    max_T, log_sum_T = norm.max_T.contiguous(), norm.log_sum_T.contiguous()
+    max_T, log_sum_T = norm.max_T.float().contiguous(), norm.log_sum_T.float().contiguous()
     _logprob_gradient_kernel[(num_rows, _num_splits(width))](
         logits_TW,
         max_T,
@@ -288,7 +281,3 @@ def write_logprob_gradient(
 
 def _num_splits(width: int) -> int:
     return max(1, triton.cdiv(width, SPLIT_COLUMNS))
-
-
-def _with_unit_stride(logits_TW: Tensor) -> Tensor:
-    return logits_TW if logits_TW.stride(1) == 1 else logits_TW.contiguous()

@@ -13,23 +13,15 @@ T tokens, C tokens of one chunk, H hidden size, W columns of the vocabulary on t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nemo_ssopd.ops.clipped_kl import ClippedKLStats
-from nemo_ssopd.ops.row_kernels_torch import LN_2, compute_dtype
-from nemo_ssopd.ops.vocab_parallel import (
-    LinearGradients,
-    OutputLayer,
-    gather_shards,
-    output_layer,
-    scale_hidden_gradient,
-    sum_shards,
-)
+from nemo_ssopd.ops.linear_distillation import linear_distillation
+from nemo_ssopd.ops.vocab_parallel import LN_2, compute_dtype, gather_shards, output_layer, sum_shards
 
 
 @dataclass(frozen=True)
@@ -72,98 +64,60 @@ def linear_divergence(
     layer = output_layer(
         student_hidden, weight, temperature=temperature, group=group, chunk_tokens=chunk_tokens, vocab_size=vocab_size
     )
-    loss_T, stats_T5 = _LinearDivergence.apply(
-        student_hidden,
-        teacher_hidden.detach(),
-        weight,
-        divergence,
-        layer,
-        torch.is_grad_enabled() and student_hidden.requires_grad,
-        torch.is_grad_enabled() and weight.requires_grad,
+    loss_T, stats_T5 = linear_distillation(
+        student_hidden, teacher_hidden, weight, _TokenDivergence(divergence, group), layer
     )
     return loss_T, ClippedKLStats(*stats_T5.unbind(1))
 
 
-def _log_softmax(logits_CW: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+@dataclass(frozen=True)
+class _TokenDivergence:
+    """The token loss: see `TokenLoss`."""
+
+    divergence: Divergence
+    group: dist.ProcessGroup | None
+    num_saved: ClassVar[int] = 4  # log-sum-exp of student and teacher, sum of d_v, whether the token counts
+
+    def evaluate(self, student_CW: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_sums = [
+            gather_shards(logits_CW.to(compute_dtype(logits_CW.dtype)).logsumexp(1), self.group).logsumexp(0)
+            for logits_CW in (student_CW, teacher_CW)
+        ]
+        student_logp_CW, teacher_logp_CW = _log_probs(student_CW, log_sums[0]), _log_probs(teacher_CW, log_sums[1])
+        slope_CW, summands_CW, counted_CW = self._slope(student_logp_CW, teacher_logp_CW)
+        entropies = [-(logp_CW.exp() * logp_CW).sum(1) for logp_CW in (teacher_logp_CW, student_logp_CW)]
+        clip = self.divergence.clip
+        over_C = (summands_CW > clip).any(1).to(summands_CW.dtype)
+        parts = [counted_CW.sum(1), slope_CW.sum(1), summands_CW.sum(1), over_C, *entropies]
+        loss_C, slope_C, whole_C, over_C, *entropies = sum_shards(torch.stack(parts), self.group).unbind(0)
+        counts_C = torch.ones_like(loss_C)
+        if self.divergence.clip_unit == "token":
+            over_C = (whole_C > clip).to(whole_C.dtype)
+            loss_C, counts_C = whole_C.clamp(max=clip), 1 - over_C
+        stats = [whole_C, over_C.clamp(max=1.0), whole_C - loss_C, *entropies]
+        return loss_C, torch.stack(stats, dim=1), torch.stack([*log_sums, slope_C, counts_C], dim=1)
+
+    def write_gradient(
+        self, student_CW: Tensor, teacher_CW: Tensor, saved: Tensor, upstream_C: Tensor | None, out_CW: Tensor
+    ) -> None:
+        student_log_sum_C, teacher_log_sum_C, slope_C, counts_C = saved.to(compute_dtype(student_CW.dtype)).unbind(1)
+        student_logp_CW = _log_probs(student_CW, student_log_sum_C)
+        slope_CW, _, _ = self._slope(student_logp_CW, _log_probs(teacher_CW, teacher_log_sum_C))
+        grad_CW = slope_CW - student_logp_CW.exp() * slope_C.unsqueeze(1)
+        scale_C = counts_C if upstream_C is None else counts_C * upstream_C
+        out_CW.copy_(grad_CW * scale_C.unsqueeze(1))
+
+    def _slope(self, student_logp_CW: Tensor, teacher_logp_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """d_v, the summands, and what is counted of them, all [C, W]."""
+        with torch.enable_grad():
+            student_logp_CW = student_logp_CW.detach().requires_grad_()
+            summands_CW = self.divergence.summands(student_logp_CW, teacher_logp_CW)
+            per_token = self.divergence.clip_unit == "token"
+            counted_CW = summands_CW if per_token else summands_CW.clamp(max=self.divergence.clip)
+            (slope_CW,) = torch.autograd.grad(counted_CW.sum(), student_logp_CW)
+        return slope_CW, summands_CW.detach(), counted_CW.detach()
+
+
+def _log_probs(logits_CW: Tensor, log_sum_C: Tensor) -> Tensor:
     """Of this rank's columns, normalised over all of them."""
-    logits_CW = logits_CW.to(compute_dtype(logits_CW.dtype))
-    return logits_CW - gather_shards(logits_CW.logsumexp(1), group).logsumexp(0).unsqueeze(1)
-
-
-def _terms(
-    student_CW: Tensor, teacher_CW: Tensor, divergence: Divergence, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [C], statistics [C, 5], and the gradient in this rank's logits for an upstream gradient of 1."""
-    teacher_logp_CW = _log_softmax(teacher_CW, group)
-    clip, per_token = divergence.clip, divergence.clip_unit == "token"
-    with torch.enable_grad():
-        student_logp_CW = _log_softmax(student_CW.detach(), group).requires_grad_()
-        summands_CW = divergence.summands(student_logp_CW, teacher_logp_CW)
-        counted_CW = summands_CW if per_token else summands_CW.clamp(max=clip)
-        (slope_CW,) = torch.autograd.grad(counted_CW.sum(), student_logp_CW)
-    student_logp_CW, summands_CW, counted_CW = student_logp_CW.detach(), summands_CW.detach(), counted_CW.detach()
-    entropies = [-(logp_CW.exp() * logp_CW).sum(1) for logp_CW in (teacher_logp_CW, student_logp_CW)]
-    over_C = (summands_CW > clip).any(1).to(summands_CW.dtype)
-    parts = [counted_CW.sum(1), slope_CW.sum(1), summands_CW.sum(1), over_C, *entropies]
-    loss_C, slope_C, whole_C, over_C, teacher_entropy_C, student_entropy_C = sum_shards(
-        torch.stack(parts), group
-    ).unbind(0)
-    grad_CW = slope_CW - student_logp_CW.exp() * slope_C.unsqueeze(1)
-    if per_token:
-        over_C = (whole_C > clip).to(whole_C.dtype)
-        loss_C = whole_C.clamp(max=clip)
-        grad_CW = grad_CW * (1 - over_C).unsqueeze(1)
-    stats = [whole_C, over_C.clamp(max=1.0), whole_C - loss_C, teacher_entropy_C, student_entropy_C]
-    return loss_C, torch.stack(stats, dim=1), grad_CW
-
-
-class _LinearDivergence(torch.autograd.Function):
-    """Where the gradient is computed: see `clipped_kl`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_TH: Tensor,
-        teacher_TH: Tensor,
-        weight_WH: Tensor,
-        divergence: Divergence,
-        layer: OutputLayer,
-        needs_hidden: bool,
-        needs_weight: bool,
-    ) -> tuple[Tensor, Tensor]:
-        num_tokens, dtype = student_TH.shape[0], compute_dtype(student_TH.dtype)
-        loss_T = student_TH.new_empty(num_tokens, dtype=dtype)
-        stats_T5 = student_TH.new_empty(num_tokens, 5, dtype=dtype)
-        grad_hidden_TH = torch.empty_like(student_TH) if needs_hidden and not needs_weight else None
-        buffers = layer.buffer(student_TH), layer.buffer(student_TH)
-        for rows in layer.chunks(num_tokens):
-            student_CW = layer.logits(student_TH[rows], weight_WH, buffers[0])
-            teacher_CW = layer.logits(teacher_TH[rows], weight_WH, buffers[1])
-            loss_T[rows], stats_T5[rows], grad_CW = _terms(student_CW, teacher_CW, divergence, layer.group)
-            if grad_hidden_TH is not None:
-                layer.write_hidden_gradient(grad_CW.to(student_TH.dtype), weight_WH, grad_hidden_TH[rows])
-        ctx.divergence, ctx.layer, ctx.needs_hidden, ctx.needs_weight = divergence, layer, needs_hidden, needs_weight
-        if needs_weight:
-            ctx.save_for_backward(student_TH, teacher_TH, weight_WH)
-        elif needs_hidden:
-            ctx.save_for_backward(grad_hidden_TH)
-        ctx.mark_non_differentiable(stats_T5)
-        return loss_T, stats_T5
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        layer: OutputLayer = ctx.layer
-        if not ctx.needs_weight:
-            (unit_grad_TH,) = ctx.saved_tensors
-            return scale_hidden_gradient(unit_grad_TH, upstream_T, layer), None, None, None, None, None, None
-        student_TH, teacher_TH, weight_WH = ctx.saved_tensors
-        gradients = LinearGradients(layer, student_TH, weight_WH, ctx.needs_hidden)
-        buffers = layer.buffer(student_TH), layer.buffer(student_TH)
-        for rows in layer.chunks(student_TH.shape[0]):
-            student_CW = layer.logits(student_TH[rows], weight_WH, buffers[0])
-            teacher_CW = layer.logits(teacher_TH[rows], weight_WH, buffers[1])
-            _, _, grad_CW = _terms(student_CW, teacher_CW, ctx.divergence, layer.group)
-            gradients.add((grad_CW * upstream_T[rows].unsqueeze(1)).to(student_TH.dtype), rows)
-        grad_hidden_TH, grad_weight_WH = gradients.finish()
-        return grad_hidden_TH, None, grad_weight_WH, None, None, None, None
+    return logits_CW.to(log_sum_C.dtype) - log_sum_C.unsqueeze(1)

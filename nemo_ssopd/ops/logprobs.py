@@ -13,11 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype, log2_p
 from nemo_ssopd.ops.vocab_parallel import (
+    LN_2,
     LinearGradients,
     OutputLayer,
+    RowNorm,
+    compute_dtype,
     gather_shards,
+    log2_p,
     norm_and_entropy,
     output_layer,
     row_kernels,
@@ -62,7 +65,7 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Gradient: d log p(target) / d logit_v = [v == target] - p(v). Where it is computed: see `clipped_kl`."""
+    """Gradient: d log p(target) / d logit_v = [v == target] - p(v). Where it is computed: see `linear_distillation`."""
 
     @staticmethod
     def forward(
@@ -76,15 +79,13 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         kernels = row_kernels(hidden_TH)
         num_tokens = hidden_TH.shape[0]
-        rows_4T = hidden_TH.new_empty(4, num_tokens, dtype=compute_dtype(hidden_TH.dtype))
-        logprobs_T, entropy_T, max_T, log_sum_T = rows_4T.unbind(0)
+        logprobs_T, entropy_T = hidden_TH.new_empty(2, num_tokens, dtype=compute_dtype(hidden_TH.dtype)).unbind(0)
+        max_T, log_sum_T = hidden_TH.new_empty(2, num_tokens, dtype=torch.float64).unbind(0)
         grad_hidden_TH = torch.empty_like(hidden_TH) if needs_hidden and not needs_weight else None
         buffer_CW = layer.buffer(hidden_TH)
         for rows in layer.chunks(num_tokens):
             logits_CW = layer.logits(hidden_TH[rows], weight_WH, buffer_CW)
-            stats_C4 = torch.cat(
-                [kernels.row_statistics(logits_CW, True), _logits_of(targets_T[rows], logits_CW)], dim=1
-            )
+            stats_C4 = torch.cat([kernels.row_statistics(logits_CW), _logits_of(targets_T[rows], logits_CW)], dim=1)
             stats_NC4 = gather_shards(stats_C4, layer.group)
             norm, entropy_T[rows] = norm_and_entropy(stats_NC4[:, :, :3])
             max_T[rows], log_sum_T[rows] = norm

@@ -5,26 +5,87 @@ T tokens, C tokens of one chunk, H hidden size, V vocabulary, W columns of V on 
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_ssopd.ops import row_kernels_torch
-from nemo_ssopd.ops.row_kernels_torch import LN_2, RowNorm, compute_dtype, in_huge_pages, log2, merge_statistics
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+MIN_BYTES_FOR_HUGE_PAGES = 2**22  # two of them, so that at least one is whole
 
 
 def row_kernels(tensor: Tensor) -> ModuleType:
-    """The one dispatch point: Triton on CUDA, blocked torch elsewhere (and for float64, which only checks use)."""
-    if tensor.device.type == "cuda" and tensor.dtype != torch.float64:
-        from nemo_ssopd.ops import clipped_kl_triton  # noqa: PLC0415  not importable where there is no Triton
+    """The one dispatch point: Triton on CUDA, Numba on CPU. Imported when needed: a machine may lack one of them."""
+    if tensor.device.type == "cuda":
+        if tensor.dtype == torch.float64:
+            raise TypeError("float64 is for checks on CPU: the CUDA kernels compute in float32")
+        from nemo_ssopd.ops import clipped_kl_triton  # noqa: PLC0415
 
         return clipped_kl_triton
-    return row_kernels_torch
+    from nemo_ssopd.ops import row_kernels_numba  # noqa: PLC0415
+
+    return row_kernels_numba
+
+
+class RowNorm(NamedTuple):
+    """What turns a row of logits into log-probabilities: `log2 p = logits * log2(e) - max - log_sum`.
+
+    The two are kept apart, since kernels subtract in fp32: one number for both would lose the small one when logits are
+    near 1e4. They are float64 here, or the KL of nearly equal models would consist of their rounding errors.
+    """
+
+    max_T: Tensor
+    log_sum_T: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64, for gradient checks; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """Its argument, not written to yet, with Linux asked to back it by huge pages. Elsewhere it does nothing.
+
+    Memory as large as logits comes fresh from the system, which hands out a small page at each first write: on the
+    machine of `docs/benchmarks.md` this takes as long as all the arithmetic on it.
+    """
+    if sys.platform == "linux" and fresh.device.type == "cpu" and fresh.nbytes >= MIN_BYTES_FOR_HUGE_PAGES:
+        start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (fresh.data_ptr() + fresh.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        # Advice only: a kernel without huge pages refuses it, and nothing is lost.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
+    return fresh
+
+
+def log2(tensor: Tensor) -> Tensor:
+    """Not through MKL as `torch.log2` goes: for even one number MKL wakes its own threads and spins until all have
+    met, which takes milliseconds when another process wants a core."""
+    return torch.xlogy(LOG2_E, tensor)
+
+
+def log2_p(logits_T: Tensor, norm: RowNorm) -> Tensor:
+    """Of one logit per row, in float64: the product with log2(e) must not be rounded before the max is subtracted."""
+    return logits_T.double() * LOG2_E - norm.max_T - norm.log_sum_T
+
+
+def merge_statistics(stats_NT3: Tensor) -> Tensor:
+    """`row_statistics` of N disjoint column ranges -> [T, 3] of their union, summed in the order given."""
+    max_NT, sum_NT, weighted_NT = stats_NT3.unbind(-1)
+    max_T = max_NT.amax(dim=0)
+    shift_NT = torch.where(sum_NT > 0, max_NT - max_T, 0.0)
+    scale_NT = torch.exp2(shift_NT)
+    sum_T = (sum_NT * scale_NT).sum(dim=0)
+    weighted_T = ((weighted_NT + sum_NT * shift_NT) * scale_NT).sum(dim=0)
+    return torch.stack([max_T, sum_T, weighted_T], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -152,8 +213,13 @@ def sum_shards(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def with_unit_stride(logits_TW: Tensor) -> Tensor:
+    """Its argument, or a copy: the kernels walk along rows."""
+    return logits_TW if logits_TW.stride(1) == 1 else logits_TW.contiguous()
+
+
 def norm_and_entropy(stats_NT3: Tensor) -> tuple[RowNorm, Tensor]:
     """`row_statistics` of all N shards -> what normalises the whole rows, and their entropy [T] in nats."""
-    max_T, sum_T, weighted_T = merge_statistics(stats_NT3).unbind(-1)
+    max_T, sum_T, weighted_T = merge_statistics(stats_NT3).double().unbind(-1)
     log_sum_T = log2(sum_T)
-    return RowNorm(max_T, log_sum_T), (log_sum_T - weighted_T / sum_T) * LN_2
+    return RowNorm(max_T, log_sum_T), ((log_sum_T - weighted_T / sum_T) * LN_2).to(stats_NT3.dtype)

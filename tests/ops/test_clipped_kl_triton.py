@@ -92,7 +92,7 @@ def test_interpreter_matches_torch(interpreter_errors: dict, case: str, toleranc
 def compile_for_h100(name: str, dtype: str) -> CompiledKernel:
     """As the launcher would for Qwen3's vocabulary: pointers, strides and width are multiples of 16."""
     function = getattr(kernels, name)
-    constants = {"SPLIT": kernels.SPLIT_COLUMNS, "BLOCK": kernels.BLOCK, "HAS_UPSTREAM": True, "ENTROPY": True}
+    constants = {"SPLIT": kernels.SPLIT_COLUMNS, "BLOCK": kernels.BLOCK, "HAS_UPSTREAM": True}
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
     types = {**SIGNATURES[name], "width": "i32"}
     signature = {

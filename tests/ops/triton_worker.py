@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from nemo_ssopd.ops import clipped_kl_triton, row_kernels_torch
+from nemo_ssopd.ops import clipped_kl_triton, row_kernels_numba
 from nemo_ssopd.ops.vocab_parallel import norm_and_entropy
 from tests.ops import oracle
 
@@ -28,10 +28,10 @@ def errors_of(num_tokens: int, width: int, dtype: torch.dtype, scale: float, inf
     upstream_T = torch.linspace(-1.0, 2.0, num_tokens)
     targets_T = torch.arange(num_tokens) * 7 - 1  # the first is on another shard
     results = []
-    for kernels in (clipped_kl_triton, row_kernels_torch):
-        stats = [kernels.row_statistics(logits, True) for logits in (student, teacher)]
+    for kernels in (clipped_kl_triton, row_kernels_numba):
+        stats = [kernels.row_statistics(logits) for logits in (student, teacher)]
         (student_norm, _), (teacher_norm, _) = (norm_and_entropy(s.unsqueeze(0)) for s in stats)
-        sums = kernels.kl_sums(student, teacher, student_norm, teacher_norm, CLIP, True)
+        sums = kernels.kl_sums(student, teacher, student_norm, teacher_norm, CLIP)
         out = {"student_stats": stats[0], "teacher_stats": stats[1], "sums": sums}
         for name, upstream in (("unit", None), ("scaled", upstream_T)):
             grad = whole[0].clone()[:, :width]  # in place, as the fused form does it
