@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sized
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from nemo_ssopd.config import Config
 from nemo_ssopd.data.demo import CorpusExample, demo_corpus
 from nemo_ssopd.data.prompts import load_prompts
-from nemo_ssopd.data.templates import load_tokenizer, render_student, stop_token_ids
+from nemo_ssopd.data.templates import load_tokenizer, render_sft, render_student, stop_token_ids
+from nemo_ssopd.hf_config import read_hf_config
 from nemo_ssopd.types import Prompt, RenderedPrompt
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def load_data(config: Config) -> RunData:
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(tokenizer, config.model.path),
         train=() if is_sft else _rendered("data.train", config.data.train, config, tokenizer),
-        supervised=_supervised(config) if is_sft else (),
+        supervised=_supervised(config, tokenizer) if is_sft else (),
         eval=_rendered("data.eval", config.data.eval, config, tokenizer) if config.data.eval else (),
     )
 
@@ -50,19 +52,36 @@ def _rendered(name: str, source: str, config: Config, tokenizer: PreTrainedToken
     prompts = load_prompts(source, config.data, need_solution=need_solution)
     rendered = [RenderedPrompt(prompt, render_student(tokenizer, prompt, config.data)) for prompt in prompts]
     kept = tuple(prompt for prompt in rendered if len(prompt.tokens) <= config.rollout.max_prompt_tokens)
-    limit = f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens}"
-    if not kept:
-        raise ValueError(f"{name}={source!r}: every one of its {len(rendered)} prompts is over {limit}; raise it")
-    if len(kept) < len(rendered):
-        logger.warning("%s: left out %d of %d prompts, over %s", name, len(rendered) - len(kept), len(rendered), limit)
+    _check_kept(
+        f"{name}={source!r}", "prompts", rendered, kept, "rollout.max_prompt_tokens", config.rollout.max_prompt_tokens
+    )
     return kept
 
 
-def _supervised(config: Config) -> tuple[Prompt | CorpusExample, ...]:
-    """A file's problems with their reference solutions, or the demo task's corpus (corpus:NAME?count=N&seed=S)."""
+def _supervised(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt | CorpusExample, ...]:
+    """A file's problems with their reference solutions, or the demo task's corpus (corpus:NAME?count=N&seed=S).
+
+    Turns over the model's context are left out, and counted.
+    """
     source = config.data.train
-    if not source.startswith("corpus:"):
-        return tuple(load_prompts(source, config.data, need_solution=True))
-    name, _, query = source.removeprefix("corpus:").partition("?")
-    options = {"count": "20000", "seed": "1", **dict(parse_qsl(query))}
-    return tuple(demo_corpus(int(options["count"]), int(options["seed"]), name))
+    if source.startswith("corpus:"):
+        name, _, query = source.removeprefix("corpus:").partition("?")
+        options = {"count": "20000", "seed": "1", **dict(parse_qsl(query))}
+        return tuple(demo_corpus(int(options["count"]), int(options["seed"]), name))
+    prompts = load_prompts(source, config.data, need_solution=True)
+    context = read_hf_config(config.model.path).max_position_embeddings
+    kept = tuple(prompt for prompt in prompts if len(render_sft(tokenizer, prompt, config.data)[0]) <= context)
+    _check_kept(f"data.train={source!r}", "worked problems", prompts, kept, "max_position_embeddings", context)
+    return kept
+
+
+def _check_kept(where: str, what: str, given: Sized, kept: Sized, name: str, limit: int) -> None:
+    """Say how many were too long; ValueError if all were."""
+    if not kept:
+        raise ValueError(
+            f"{where}: every one of its {len(given)} {what} is over {name}={limit}; raise it, or give shorter ones"
+        )
+    if len(kept) < len(given):
+        logger.warning(
+            "%s: left out %d of %d %s, over %s=%d", where, len(given) - len(kept), len(given), what, name, limit
+        )
