@@ -98,7 +98,7 @@ def witness_texts(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) ->
     own = [_own_witness(group, algorithm.correct_selector) for group in groups]
     if algorithm.witness == "own":
         return own
-    others = [[(g + step) % len(groups) for step in range(1, len(groups))] for g in range(len(groups))]
+    others = [[(g + step) % len(groups) for step in range(len(groups))] for g in range(len(groups))]
     return [
         next((own[o] for o in others[g] if own[o] is not None and groups[o].prompt.id != group.prompt.id), None)
         for g, group in enumerate(groups)

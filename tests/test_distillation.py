@@ -8,11 +8,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from nemo_ssopd.config import AlgorithmConfig, Config, DataConfig
-from nemo_ssopd.data.templates import load_tokenizer
-from nemo_ssopd.distillation import Lesson, lessons
+from nemo_ssopd.data.templates import load_tokenizer, render_student
+from nemo_ssopd.distillation import Lesson, held_out_teacher_prompts, lessons
+from nemo_ssopd.evaluation.samples import Sample
 from nemo_ssopd.groups import pair_metrics
 from nemo_ssopd.metrics import Metrics
-from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, Sequence
+from nemo_ssopd.types import Completion, Prompt, RenderedPrompt, Rollout, RolloutGroup, Sequence
 
 STUDENT = (1, 2, 3)
 LONG = 1000
@@ -147,3 +148,52 @@ def test_the_second_teacher_reads_the_wrong_attempt(tokenizer) -> None:
     assert lesson.away.completion == lesson.teacher.completion
     (without,), _ = plan(tokenizer, [MIXED])
     assert without == replace(lesson, away=None)
+
+
+def test_the_context_fits_to_the_last_token(tokenizer) -> None:
+    (lesson,), _ = plan(tokenizer, [MIXED])
+    longest = len(lesson.teacher.tokens)
+    for length, planned in ((longest, 1), (longest - 1, 0)):
+        lessons_that_fit, metrics = plan(tokenizer, [MIXED], max_length=length)
+        assert (len(lessons_that_fit), metrics["ssopd/dropped_long_teacher"].value()) == (planned, 1 - planned)
+
+
+SAMPLES = [
+    Sample(problem, i, reward, "", None, "8", tokens=tokens, truncated=False, text=text)
+    for problem, rows in {
+        "mixed": [(1.0, 9, "long"), (0.0, 2, "wrong"), (1.0, 5, "short")],
+        "solved": [(1.0, 4, "solved"), (1.0, 4, "solved")],
+        "failed": [(0.0, 4, "failed"), (0.0, 4, "failed")],
+        "also": [(0.0, 1, "wrong"), (1.0, 7, "also")],
+    }.items()
+    for i, (reward, tokens, text) in enumerate(rows)
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "texts"),
+    [
+        ({}, ["mixed* short", "also* also"]),
+        ({"correct_selector": "longest"}, ["mixed* long", "also* also"]),
+        ({"witness": "solution"}, ["mixed* 9", "also* 9"]),
+        ({"witness": "shuffled"}, ["mixed* also", "also* short"]),
+        ({"witness": "none"}, ["mixed*", "also*"]),
+    ],
+)
+def test_what_the_teacher_reads_of_held_out_problems(tokenizer, settings: dict, texts: list[str]) -> None:
+    """Of those that the policy solves in part, with a witness out of its own samples."""
+    data = DataConfig(student_template="{problem}", teacher_template="{problem} {witness}")
+    config = Config(algorithm=AlgorithmConfig(**settings), data=data)
+    problems = [
+        RenderedPrompt(
+            Prompt(name, f"{name}*", "8", solution="9"), render_student(tokenizer, Prompt(name, f"{name}*", "8"), data)
+        )
+        for name in ("mixed", "solved", "failed", "also")
+    ]
+    prompts = held_out_teacher_prompts(SAMPLES, problems, config, tokenizer, max_length=LONG)
+    read = [tokenizer.decode(prompt.tokens).split("\n")[1].split("<|im_end|>")[0] for prompt in prompts]
+    assert read == texts
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    shorter = held_out_teacher_prompts(SAMPLES, problems, config, tokenizer, max_length=longest)
+    if settings.get("witness") != "none":  # the policy's own prompts were checked before the run
+        assert all(len(prompt.tokens) < longest for prompt in shorter)
