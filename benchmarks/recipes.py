@@ -19,6 +19,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,21 +156,22 @@ def differences(
     return {key: score(ours[key]) - score(theirs[key]) for key in sorted(ours.keys() & theirs.keys())}
 
 
-def table(runs: Sequence[FinishedRun], axes: Sequence[str], baseline: str) -> str:
+def table(runs: Sequence[FinishedRun], axes: Sequence[str], baseline: str, confidence: float = 0.95) -> str:
     """Markdown: the scores and costs of each arm, then each arm against the baseline over all pairs and by start."""
     arms, axis = by_arm(runs, axes), " ".join(axes)
+    mean = partial(t_interval, confidence=confidence)
     lines = [
         f"| {axis} | runs | final Avg@n | AUC | rollouts | tokens | s / step | CPU s / run |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm, by_pairing in arms.items():
         own = list(by_pairing.values())
-        cells = [arm, str(len(own)), *(percent(t_interval([score(run) for run in own])) for score in SCORES.values())]
+        cells = [arm, str(len(own)), *(percent(mean([score(run) for run in own])) for score in SCORES.values())]
         cells += [f"{np.mean([run.rollouts for run in own]):.0f}", f"{np.mean([run.tokens for run in own]):.0f}"]
         cells += [f"{np.median([run.seconds_per_step for run in own]):.2f}"]
         cells += [f"{np.mean([run.cpu_seconds for run in own]):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Against {baseline}, in points of Avg@n, 95 % intervals over the pairs:", ""]
+    lines += ["", f"Against {baseline}, in points of Avg@n, {100 * confidence:g} % intervals over the pairs:", ""]
     lines += [
         f"| {axis} | score | pairs | difference, paired t | paired bootstrap | by {', '.join(others(runs, axes))} |"
     ]
@@ -179,8 +181,8 @@ def table(runs: Sequence[FinishedRun], axes: Sequence[str], baseline: str) -> st
             found = differences(arms[arm], arms[baseline], score)
             if arm != baseline and len(found) > 1:
                 values = list(found.values())
-                resampled = paired_bootstrap(values, np.zeros(len(values)))
-                cells = [arm, name, str(len(values)), points(t_interval(values)), points(resampled), by_group(found)]
+                resampled = paired_bootstrap(values, np.zeros(len(values)), confidence=confidence)
+                cells = [arm, name, str(len(values)), points(mean(values)), points(resampled), by_group(found)]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -252,6 +254,9 @@ def main() -> None:
     comparing.add_argument(
         "--baseline", default="grpo", help="the arm that the others are compared with (default grpo)"
     )
+    comparing.add_argument(
+        "--confidence", type=float, default=0.95, help="of the intervals in the table (default 0.95)"
+    )
     comparing.add_argument("--output", type=Path, required=True, help="without its ending: .md and .png are added")
     arguments = parser.parse_args()
     if arguments.command == "collect":
@@ -264,7 +269,7 @@ def main() -> None:
     sources = ", ".join(path.name for path in arguments.metrics)
     if arguments.baseline not in by_arm(runs, arguments.axis):
         sys.exit(f"error: no run of {arguments.baseline} in {sources}: name another --baseline")
-    text = f"From {sources}.\n\n" + table(runs, arguments.axis, arguments.baseline)
+    text = f"From {sources}.\n\n" + table(runs, arguments.axis, arguments.baseline, arguments.confidence)
     arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
     draw(runs, arguments.axis, sources).savefig(arguments.output.with_suffix(".png"), dpi=80)
     print(text)

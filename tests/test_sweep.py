@@ -157,6 +157,8 @@ def test_the_table_by_hand() -> None:
     assert "| ssopd | final | 4 | +5.0 [+0.9, +9.1] |" in text
     assert "| ssopd | AUC | 4 | +2.5 [+0.4, +4.6] |" in text
     assert "| grpo | 5 | 50.0 % [50.0, 50.0] | 45.0 % [45.0, 45.0] | 640 | 1000 | 0.50 | 8 |" in text
+    # t quantiles of 3 degrees of freedom: 3.182 at 95 %, 5.841 at 99 %.
+    assert "| ssopd | final | 4 | +5.0 [-2.5, +12.5] |" in table(runs, ["recipe"], "grpo", confidence=0.99)
     with pytest.raises(ValueError, match="two runs of grpo at a, 1"):
         table([*runs, runs[0]], ["recipe"], "grpo")
 
