@@ -8,8 +8,8 @@ Counts of parameters, adapters, gradients and optimizer state, and the activatio
 tests/test_plan.py compares them with the real model. What Transformer Engine, vLLM and CUDA take was read from their
 sources or is an assumption, and was not measured; the assumptions are the fields of `Machine`.
 
-Symbols, all of one rank: N tokens of a micro-batch with padding, B its rows, S their length, H hidden size, Q and KV
-the widths of its query and key (or value) heads, F its share of the MLP width, W its share of the vocabulary.
+Symbols, all of one rank: N tokens of a micro-batch, H hidden size, Q and KV the widths of its query and key (or value)
+heads, F its share of the MLP width, W its share of the vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Machine:
     memory_gib: float = 80.0
     """Of one GPU; without CUDA, of one process."""
     on_cuda: bool = True
-    """Transformer Engine layers and flash attention, or Megatron's local layers, which keep the attention matrix."""
+    """Transformer Engine layers, or Megatron's local layers with torch's attention."""
     reserve: float = 0.05
     """Share of the memory that the allocator loses to fragmentation."""
     context_gib: float = 1.0
@@ -112,24 +112,14 @@ def adapters(hf: HFModelConfig, tensor: int, rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Rows padded to one length. Example: MicroBatch(rows=3, length=304) has 912 tokens."""
-
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
-
-@dataclass(frozen=True)
 class Activations:
     """Bytes of one micro-batch on one rank, derived from the layers that `megatron/model.py` builds."""
 
     config: Config
     hf: HFModelConfig
-    batch: MicroBatch
+    tokens: int
+    longest: int
+    """Tokens of its longest sequence."""
     on_cuda: bool
 
     @cached_property
@@ -146,41 +136,37 @@ class Activations:
 
     def residual(self) -> float:
         """One copy of the hidden states between layers, [N, H], over the ranks with sequence parallelism."""
-        return self.batch.tokens * self.hf.hidden_size * self.width / self.sequence_shards
+        return self.tokens * self.hf.hidden_size * self.width / self.sequence_shards
 
     def norm(self) -> float:
         """RMSNorm of the residual stream: its input and 1 / rms; torch's own also keeps x / rms to train the weight."""
         keeps_normalised = not self.config.lora.enabled and not self.on_cuda
-        return self.residual() * (1 + keeps_normalised) + 4 * self.batch.tokens / self.sequence_shards
+        return self.residual() * (1 + keeps_normalised) + 4 * self.tokens / self.sequence_shards
 
     def attention(self) -> float:
         """From the fused projection's output to what the output projection reads."""
-        N, Q, KV = self.batch.tokens, self.w.Q, self.w.KV
-        if self.on_cuda:
-            # q, k, v of flash attention (v inside the fused projection's output), its output and log-sum-exp.
-            elements = (Q + 2 * KV) + Q + KV + Q
-            other: float = 4 * N * Q / self.hf.head_dim
-        else:
-            # Keys and values are repeated for every query head; then the probabilities and the causal mask.
-            elements = 3 * Q + Q
-            S = self.batch.length
-            other = self._probabilities() + S * S
+        N, Q, KV = self.tokens, self.w.Q, self.w.KV
+        # q, k, v of flash attention (v inside the fused projection's output), its output and log-sum-exp.
+        elements = (Q + 2 * KV) + Q + KV + Q
+        other: float = 4 * N * Q / self.hf.head_dim
+        if not self.on_cuda:
+            elements += Q  # the sequences' outputs, joined
         if self.hf.qk_norm:
-            elements += Q + (KV if self.on_cuda else Q + 2 * KV)  # on CPU the key is a view of the whole projection
+            elements += Q + (KV if self.on_cuda else 0)  # on CPU the key's input is inside the projection's output too
             elements += 0 if self.on_cuda or self.config.lora.enabled else Q + KV
             other += 4 * N * (Q + KV) / self.hf.head_dim
-        rotary = 4 * self.batch.length * self.hf.head_dim * self.width  # sine and cosine, for q and for k
+        rotary = 4 * N * self.hf.head_dim * self.width  # sine and cosine, for q and for k
         return N * elements * self.width + other + rotary
 
     def adapters(self) -> float:
         """The products A x: the column-parallel ones (q, k, v, gate, up) whole, the row-parallel ones split."""
         if not self.config.lora.enabled:
             return 0.0
-        return self.batch.tokens * self.config.lora.rank * (5 + 2 / self.sequence_shards) * self.width
+        return self.tokens * self.config.lora.rank * (5 + 2 / self.sequence_shards) * self.width
 
     def mlp(self) -> float:
         """Gate and up together, silu(gate), up plus its offset, and their product, which the last projection reads."""
-        return self.batch.tokens * 5 * self.w.F * self.width
+        return self.tokens * 5 * self.w.F * self.width
 
     def layer(self) -> float:
         """What one layer saves for its backward; each norm's output is read by the projection behind it."""
@@ -190,37 +176,34 @@ class Activations:
         """What all layers keep from forward to backward. Recomputation keeps each layer's input (Chen et al. 2016),
         and one table of rotary angles for all of them."""
         trained_shard = not self.config.lora.enabled and self.config.parallel.tensor > 1
-        mask = self.batch.tokens if trained_shard else 0  # of the tokens that another rank's embedding rows hold
+        mask = self.tokens if trained_shard else 0  # of the tokens that another rank's embedding rows hold
         if not self.config.model.recompute:
             return self.hf.num_layers * self.layer() + self.norm() + mask
-        angles = 4 * self.batch.length * self.hf.head_dim
+        angles = 4 * self.longest * self.hf.head_dim
         return self.hf.num_layers * self.residual() + angles + self.norm() + mask
 
     def working_set(self) -> float:
         """Beside what is stored, while one layer is recomputed and differentiated: the layer, and the gradients of its
-        MLP, or those of its attention once the MLP's part is freed. Sequence parallelism gathers the whole sequence
-        before each column-parallel projection."""
+        MLP. Sequence parallelism gathers the whole sequence before each column-parallel projection."""
         recomputed = self.layer() if self.config.model.recompute else 0.0
-        mlp = 3 * self.batch.tokens * self.w.F * self.width
-        attention = 0.0 if self.on_cuda else 2 * self._probabilities() - self.mlp()
+        mlp = 3 * self.tokens * self.w.F * self.width
         gathered = self.residual() * self.sequence_shards if self.sequence_shards > 1 else 0.0
-        return recomputed + max(mlp, attention) + 2 * self.residual() + gathered
+        return recomputed + mlp + 2 * self.residual() + gathered
 
     def without_gradient(self) -> float:
         """Scoring and the teacher's pass: one layer at its widest, and nothing kept."""
-        mlp = 8 * self.batch.tokens * self.w.F * self.width  # output, adapters' outputs, joined, added
-        attention = 0.0 if self.on_cuda else 2 * self._probabilities()
+        mlp = 8 * self.tokens * self.w.F * self.width  # output, adapters' outputs, joined, added
         gathered = self.residual() * self.sequence_shards
-        return max(mlp, attention) + 2 * self.residual() + gathered
+        return mlp + 2 * self.residual() + gathered
 
     def hidden(self) -> float:
         """One copy of the final hidden states, which every rank holds whole: [N, H]."""
-        return self.batch.tokens * self.hf.hidden_size * self.width
+        return self.tokens * self.hf.hidden_size * self.width
 
     def logits(self) -> float:
         """One chunk: the student's, and for the clipped KL the teacher's beside them. Gradients are written in place;
         the output layer's own gradient, if it is trained, is summed in float32."""
-        chunk = min(self.config.trainer.chunk_tokens, self.batch.tokens)
+        chunk = min(self.config.trainer.chunk_tokens, self.tokens)
         models = 2 if self.config.algorithm.distils else 1
         trained = 0 if self.config.lora.enabled else self.w.W * self.hf.hidden_size * (4 + self.width)
         return models * chunk * self.w.W * self.width + trained
@@ -231,10 +214,6 @@ class Activations:
         loss = 3 * self.hidden() + self.logits()
         last_layer = 3 * self.hidden() + self.working_set()
         return self.stored() + max(loss, last_layer)
-
-    def _probabilities(self) -> float:
-        heads = self.w.Q / self.hf.head_dim
-        return self.batch.rows * heads * self.batch.length**2 * self.width
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -277,8 +256,8 @@ def plan(config: Config, hf: HFModelConfig, machine: Machine) -> MemoryPlan:
     width, tensor, dp = DTYPE_BYTES[config.model.dtype], config.parallel.tensor, _data_parallel(config)
     static = _static(config, hf, machine)
     engine = _engine(config, hf, machine)
-    student = Activations(config, hf, _micro_batch(config, context_length(config), machine), machine.on_cuda)
-    teacher = Activations(config, hf, _micro_batch(config, _teacher_length(config, hf), machine), machine.on_cuda)
+    student = _largest_micro_batch(config, hf, context_length(config), machine)
+    teacher = _largest_micro_batch(config, hf, _teacher_length(config, hf), machine)
     asleep = {"CUDA graphs": machine.cuda_graphs_gib * GIB} if machine.on_cuda else engine
     update_prompts = config.trainer.prompts_per_step // (dp * config.trainer.updates_per_step)
     states: Rows = {}
@@ -364,16 +343,12 @@ def _refit(config: Config, hf: HFModelConfig, machine: Machine) -> float:
     )
 
 
-def _micro_batch(config: Config, longest: int, machine: Machine) -> MicroBatch:
-    """The one that needs most: the whole token budget, or one longer sequence; never more than a rank's sequences.
-
-    On CPU attention grows with the square of the length, so the longest rows count.
-    """
+def _largest_micro_batch(config: Config, hf: HFModelConfig, longest: int, machine: Machine) -> Activations:
+    """The whole token budget, or one longer sequence; never more than a rank's sequences."""
     group = 1 if config.algorithm.name == "sft" else config.rollout.group_size
     sequences = config.trainer.prompts_per_step * group // (_data_parallel(config) * config.trainer.updates_per_step)
-    if machine.on_cuda:
-        return MicroBatch(1, min(max(config.trainer.token_budget, longest), sequences * longest))
-    return MicroBatch(min(max(1, config.trainer.token_budget // longest), sequences), longest)
+    tokens = min(max(config.trainer.token_budget, longest), sequences * longest)
+    return Activations(config, hf, tokens, longest, machine.on_cuda)
 
 
 def _teacher_length(config: Config, hf: HFModelConfig) -> int:

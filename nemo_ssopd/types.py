@@ -1,7 +1,7 @@
 """The frozen records that the stages of one training step hand to each other.
 
-Tensor names end in shape letters: B rows of a micro-batch, S padded row length, T the completion tokens of
-a micro-batch laid end to end, K prefix positions, H hidden size, V vocabulary, W a rank's shard of V.
+Tensor names end in shape letters: S the tokens of a micro-batch, its sequences laid end to end, T the completion tokens
+among them, K prefix positions, H hidden size, V vocabulary, W a rank's shard of V.
 """
 
 from __future__ import annotations
@@ -127,17 +127,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: rows padded on the right to one length, their completion tokens laid end to end.
+    """One micro-batch: sequences laid end to end, and so are their completion tokens.
 
-    Row b holds sequence `rows[b]` of the batch. Completion token t is `targets_T[t]`; it is predicted by
-    position `index_T[t]` of the flattened [B * S] hidden states. Row b owns T-range offsets[b] : offsets[b + 1].
+    Row `rows[b]` of the batch owns S-range bounds[b] : bounds[b + 1] and T-range offsets[b] : offsets[b + 1]. Padding
+    behind the last one has bounds of its own and no offsets. Completion token t is `targets_T[t]`; it is predicted by
+    position `index_T[t]` of the hidden states [S, H].
 
-    >>> PackedBatch(rows=(4, 0), tokens_BS=..., index_T=..., targets_T=..., offsets=(0, 2, 5)).num_tokens
+    >>> PackedBatch((4, 0), tokens_S=..., bounds=(0, 3, 9), index_T=..., targets_T=..., offsets=(0, 2, 5)).num_tokens
     5
     """
 
     rows: tuple[int, ...]
-    tokens_BS: torch.Tensor
+    tokens_S: torch.Tensor
+    bounds: tuple[int, ...]
     index_T: torch.Tensor
     targets_T: torch.Tensor
     offsets: tuple[int, ...]

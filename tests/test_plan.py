@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,12 @@ from nemo_ssopd.algo.objective import grpo_loss
 from nemo_ssopd.config import Config, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, context_length
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.megatron.model import hidden_states
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.plan import (
     GIB,
     Activations,
     Machine,
-    MicroBatch,
     adapters,
     load,
     parameters,
@@ -29,12 +30,12 @@ from nemo_ssopd.plan import (
 )
 from nemo_ssopd.types import Sequence, StepCounts, TrainBatch
 from tests.distributed import run_distributed
-from tests.megatron.hf_models import hidden_BSH, save_random_model, tokens_BS
+from tests.megatron.hf_models import save_random_model, tokens_BS
 from tests.ops.test_memory import peak_bytes
 
 ROOT = Path(__file__).parents[1]
 ON_CPU = Machine(on_cuda=False)
-BATCH = MicroBatch(rows=3, length=24)
+LENGTHS = (24, 11, 30, 7)
 MODELS = ("qwen3_odd", "qwen2", "llama_odd_tied")
 LAYOUTS = {
     "tp1": ParallelConfig(world_size=1),
@@ -88,7 +89,7 @@ def test_counts_equal_the_real_models(cases: list[Case], layout: str) -> None:
             # Megatron aligns each tensor to 64 elements, and the distributed optimizer pads the end of the buffer.
             assert trained <= counted.gradients <= trained + 64 * 200, case
             if case.dtype == "float32":
-                predicted = Activations(config, hf, BATCH, on_cuda=False).stored()
+                predicted = Activations(config, hf, sum(LENGTHS), max(LENGTHS), on_cuda=False).stored()
                 assert counted.saved == predicted, (layout, case)
         # The ranks that share the optimizer's state hold it once together.
         shared = [counts[number] for counts in ranks[:: parallel.tensor]] if case.distributed else [ranks[0][number]]
@@ -129,8 +130,8 @@ def test_the_8b_config_by_hand() -> None:
     assert engine == pytest.approx(0.45 * 80 * GIB)
     assert "engine weights" not in update and "engine weights" in memory.phases["refit"]
     # Recomputation keeps 36 layer inputs of 32768 tokens, half of each on a rank.
-    student = Activations(config, hf, MicroBatch(1, 32768), on_cuda=True)
-    angles, final_norm = 4 * 32768 * 128, 32768 * (4096 * 2 + 4) / 2
+    student = Activations(config, hf, 32768, context_length(config), on_cuda=True)
+    angles, final_norm = 4 * 18048 * 128, 32768 * (4096 * 2 + 4) / 2
     assert student.stored() == 36 * 32768 * 4096 * 2 / 2 + angles + final_norm
 
 
@@ -228,7 +229,7 @@ def saved_bytes(model: torch.nn.Module, hf: HFModelConfig) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden_BSH(model, tokens_BS(hf.vocab_size, rows=BATCH.rows, length=BATCH.length))
+        hidden_states(model, tokens_BS(hf.vocab_size, rows=1, length=sum(LENGTHS))[0], (0, *accumulate(LENGTHS)))
     return sum(size for _, size in sizes.values())
 
 
@@ -238,12 +239,14 @@ def update_peak(overrides: list[str]) -> int:
     runtime = initialize(config.parallel, seed=1)
     actor = MegatronGRPOActor(config, hf, runtime, pad_id=0)
     length, prompt = context_length(config), config.rollout.max_prompt_tokens
-    rows = min(config.trainer.token_budget // length, config.trainer.prompts_per_step * 8 // runtime.dp_size)
-    sequences = tuple(Sequence((3,) * length, prompt) for _ in range(rows))
+    count = config.trainer.prompts_per_step * 8 // runtime.dp_size
+    whole, rest = divmod(min(config.trainer.token_budget, count * length), length)
+    lengths = (length,) * whole + ((rest,) if rest else ())
+    sequences = tuple(Sequence((3,) * length, min(prompt, length)) for length in lengths)
     batch = TrainBatch(
         sequences=sequences,
         weights=tuple((1.0,) * sequence.completion_length for sequence in sequences),
-        counts=StepCounts(tokens=rows * length, prompts=4),
+        counts=StepCounts(tokens=sum(lengths), prompts=4),
     )
     loss = partial(grpo_loss, clip_low=0.2, clip_high=0.2, reference_kl=0.0)
     actor.update(batch, loss)  # Adam makes its state

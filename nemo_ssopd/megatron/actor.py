@@ -1,7 +1,7 @@
 """The policy on Megatron-Core: scoring, the teacher's pass, and one optimizer step with auxiliary losses.
 
-Shapes: B rows, S padded length, T completion tokens of a micro-batch, K prefix positions, H hidden size, W this
-rank's vocabulary shard.
+Shapes: S tokens of a micro-batch, T completion tokens among them, K prefix positions, H hidden size, W this rank's
+vocabulary shard.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_ssopd.config import Config, OptimizerConfig
 from nemo_ssopd.data.packing import micro_batches, pack, unpack
 from nemo_ssopd.hf_config import HFModelConfig
 from nemo_ssopd.megatron.lora import adapters_disabled, adapters_enabled, add_lora
-from nemo_ssopd.megatron.model import build_model, output_weight
+from nemo_ssopd.megatron.model import build_model, hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import hf_weights, load_hf_weights
 from nemo_ssopd.metrics import Max, Metrics, Sum, merge
@@ -58,8 +58,8 @@ class MegatronGRPOActor:
         self.temperature = config.rollout.temperature
         self.chunk_tokens = config.trainer.chunk_tokens
         self._pad_id = pad_id
-        self._token_budget = config.trainer.token_budget
-        self._row_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self._multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self._token_budget = config.trainer.token_budget // self._multiple * self._multiple
         self.model = build_model(hf, config.model, config.parallel, runtime)
         load_hf_weights(self.model, hf, config.model.path, runtime)
         if config.lora.enabled:
@@ -80,7 +80,7 @@ class MegatronGRPOActor:
         by_row: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             for packed in self._packed(sequences):
-                logprobs_T, _ = self._logprobs(self._completion_hidden(self._forward(packed), packed), packed)
+                logprobs_T, _ = self._logprobs(self._forward(packed).index_select(0, packed.index_T), packed)
                 by_row |= unpack(logprobs_T, packed)
         return tuple(by_row[row] for row in range(len(sequences)))
 
@@ -89,7 +89,7 @@ class MegatronGRPOActor:
         by_row: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             for packed in self._packed(sequences):
-                by_row |= unpack(self._completion_hidden(self._forward(packed), packed), packed)
+                by_row |= unpack(self._forward(packed).index_select(0, packed.index_T), packed)
         return tuple(by_row[row] for row in range(len(sequences)))
 
     @contextmanager
@@ -168,12 +168,12 @@ class MegatronGRPOActor:
         aux: AuxLoss | None,
     ) -> tuple[torch.Tensor, partial]:
         packed = next(microbatches)
-        hidden_BSH = self._forward(packed, model)
-        return hidden_BSH, partial(self._loss, packed=packed, batch=batch, token_loss=token_loss, aux=aux)
+        hidden_SH = self._forward(packed, model)
+        return hidden_SH, partial(self._loss, packed=packed, batch=batch, token_loss=token_loss, aux=aux)
 
     def _loss(
         self,
-        hidden_BSH: torch.Tensor,
+        hidden_SH: torch.Tensor,
         *,
         packed: PackedBatch,
         batch: TrainBatch,
@@ -187,7 +187,7 @@ class MegatronGRPOActor:
         DistributedDataParallel do (factor 1 each); `_finish_gradients` withholds the token count by which
         Megatron would then divide.
         """
-        hidden_TH = self._completion_hidden(hidden_BSH, packed)
+        hidden_TH = hidden_SH.index_select(0, packed.index_T)
         total, metrics = token_loss(self._token_inputs(hidden_TH, packed, batch))
         loss = total / batch.counts.tokens
         if aux is not None:
@@ -233,16 +233,11 @@ class MegatronGRPOActor:
 
     def _packed(self, sequences: Sequence[TokenSequence]) -> Iterator[PackedBatch]:
         lengths = [len(sequence.tokens) for sequence in sequences]
-        for rows in micro_batches(lengths, self._token_budget, multiple=self._row_multiple):
-            yield pack(sequences, rows, pad_id=self._pad_id, multiple=self._row_multiple, device=self.runtime.device)
+        for rows in micro_batches(lengths, self._token_budget):
+            yield pack(sequences, rows, pad_id=self._pad_id, multiple=self._multiple, device=self.runtime.device)
 
     def _forward(self, packed: PackedBatch, model: torch.nn.Module | None = None) -> torch.Tensor:
-        tokens_BS = packed.tokens_BS
-        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        return (model or self.model)(tokens_BS, positions_BS, attention_mask=None)
-
-    def _completion_hidden(self, hidden_BSH: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        return hidden_BSH.flatten(0, 1).index_select(0, packed.index_T)
+        return hidden_states(model or self.model, packed.tokens_S, packed.bounds)
 
     def _logprobs(self, hidden_TH: torch.Tensor, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         return linear_logprobs(

@@ -1,18 +1,19 @@
 """Megatron-Core's GPTModel from a Hugging Face config: local layers on CPU, Transformer Engine layers on CUDA.
 
     model = build_model(hf, config.model, config.parallel, runtime)     # weights still to be loaded
-    hidden_BSH = model(tokens_BS, position_ids_BS, attention_mask=None)  # rows padded on the right; attention is causal
-    weight_WH = output_weight(model)                                     # this rank's rows of the output layer
+    hidden_SH = hidden_states(model, tokens_S, bounds=(0, 5, 12))       # two sequences end to end, apart in attention
+    weight_WH = output_weight(model)                                    # this rank's rows of the output layer
 
 The model returns the final hidden states, not logits: the vocab-parallel losses multiply with the output weight
 themselves, in chunks. They also all-reduce the gradient of the hidden states over the tensor-parallel group, so the
 model does not.
 
-B rows, S padded row length, H hidden size, W a rank's shard of the (padded) vocabulary.
+S tokens of a micro-batch, H hidden size, W a rank's shard of the (padded) vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,9 +29,11 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -60,6 +63,20 @@ def build_model(hf: HFModelConfig, model: ModelConfig, parallel: ParallelConfig,
     )
     gpt.output_layer.__class__ = _OutputWeight
     return gpt.to(runtime.device)
+
+
+def hidden_states(model: torch.nn.Module, tokens_S: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
+    """[S, H], final. Sequence b is tokens_S[bounds[b] : bounds[b + 1]]; positions and attention begin anew with each.
+
+    `model` is the GPTModel or Megatron's data-parallel wrapper of it.
+    """
+    starts = torch.tensor(bounds, dtype=torch.int32, device=tokens_S.device)
+    longest = max(end - start for start, end in itertools.pairwise(bounds))
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    (hidden_SH,) = model(tokens_S[None], position_ids=None, attention_mask=None, packed_seq_params=packed)
+    return hidden_SH
 
 
 def output_weight(model: GPTModel) -> torch.Tensor:
@@ -94,6 +111,39 @@ class _TorchRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class _TorchAttention(DotProductAttention):
+    """Megatron's local attention refuses packed sequences: each gets torch's. T tokens, N heads, D head size."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        if packed_seq_params is None:
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+        assert self.attn_mask_type is AttnMaskType.causal and attention_bias is None
+        outputs_TND = []
+        for start, end in itertools.pairwise(packed_seq_params.cu_seqlens_q.tolist()):
+            q_1NTD, k_1NTD, v_1NTD = (x_TND[start:end].transpose(0, 1)[None] for x_TND in (query, key, value))
+            output_1NTD = F.scaled_dot_product_attention(
+                q_1NTD, k_1NTD, v_1NTD, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            )
+            outputs_TND.append(output_1NTD[0].transpose(0, 1))
+        return torch.cat(outputs_TND)
+
+
+class _LocalBackend(LocalSpecProvider):
+    """Megatron's local modules, which need no CUDA."""
+
+    def core_attention(self) -> type:
+        return _TorchAttention
+
+
 class _TEBackend(LocalSpecProvider):
     """Transformer Engine modules in the arrangement of the local ones: no norm is fused into a linear layer.
 
@@ -111,7 +161,7 @@ class _TEBackend(LocalSpecProvider):
 
 
 def _block_spec(hf: HFModelConfig, config: TransformerConfig, *, on_cuda: bool) -> TransformerBlockSubmodules:
-    backend, norm = (_TEBackend(), TENorm) if on_cuda else (LocalSpecProvider(), _TorchRMSNorm)
+    backend, norm = (_TEBackend(), TENorm) if on_cuda else (_LocalBackend(), _TorchRMSNorm)
     attention = SelfAttentionSubmodules(
         linear_qkv=backend.column_parallel_linear(),
         core_attention=backend.core_attention(),

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_ssopd.config import ParallelConfig
-from nemo_ssopd.megatron.model import output_weight
+from nemo_ssopd.megatron.model import hidden_states, output_weight
 from nemo_ssopd.megatron.policy import SavedPolicy, load_policy
 from nemo_ssopd.megatron.runtime import Runtime
 
@@ -74,9 +74,10 @@ def trainer_logprobs(
 ) -> torch.Tensor:
     """[B, S, V] by the trainer's own model, adapters beside the base weights, in float32. All ranks call it."""
     model = load_policy(saved, parallel, runtime, dtype="float32")
-    positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
+    rows, length = tokens_BS.shape
+    bounds = tuple(range(0, rows * length + 1, length))
     with torch.no_grad():
-        hidden_BSH = model(tokens_BS, positions_BS, attention_mask=None)
+        hidden_BSH = hidden_states(model, tokens_BS.flatten(), bounds).unflatten(0, (rows, length))
         weight_VH = runtime.gather_tp(output_weight(model), dim=0)[: saved.hf.vocab_size]
         return (hidden_BSH @ weight_VH.T).log_softmax(-1)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from nemo_ssopd.config import ModelConfig, ParallelConfig
 from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
-from nemo_ssopd.megatron.model import build_model, output_weight
+from nemo_ssopd.megatron.model import build_model, hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import load_hf_weights
 
@@ -71,8 +71,10 @@ def tokens_BS(vocab_size: int, *, rows: int = 3, length: int = 24) -> torch.Tens
 
 
 def hidden_BSH(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return model(tokens, positions, attention_mask=None)
+    """Of rows of one length, packed as the actor packs sequences."""
+    rows, length = tokens.shape
+    bounds = tuple(range(0, rows * length + 1, length))
+    return hidden_states(model, tokens.flatten(), bounds).unflatten(0, (rows, length))
 
 
 def logits_BSV(model: GPTModel, hf: HFModelConfig, runtime: Runtime, tokens: torch.Tensor) -> torch.Tensor:

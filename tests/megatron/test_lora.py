@@ -96,6 +96,7 @@ def adapted_models(paths: list[str], parallel: ParallelConfig) -> list[Result]:
 def adapted_model(path: str, parallel: ParallelConfig, runtime: Runtime, *, recompute: bool) -> Result:
     model, hf = load_megatron(path, parallel, runtime, recompute=recompute)
     tokens = tokens_BS(hf.vocab_size)
+    model.requires_grad_(False)  # as add_lora leaves it: torch.matmul chooses its kernel by it, and so the last bits
     base = logits_BSV(model, hf, runtime, tokens)
     add_lora(model, LORA, seed=1, runtime=runtime)
     assert torch.equal(logits_BSV(model, hf, runtime, tokens), base), "step 0 must equal the base"

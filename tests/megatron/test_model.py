@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import megatron.core.tensor_parallel.mappings as megatron_mappings
 import pytest
 import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM
 
-from nemo_ssopd.config import ParallelConfig
-from nemo_ssopd.megatron.model import output_weight
+from nemo_ssopd.config import LoraConfig, ParallelConfig
+from nemo_ssopd.data.packing import pack
+from nemo_ssopd.megatron.lora import adapters, add_lora
+from nemo_ssopd.megatron.model import hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import initialize, shutdown
+from nemo_ssopd.types import Sequence
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import HF_CONFIGS, hidden_BSH, load_megatron, logits_BSV, save_random_model, tokens_BS
 
@@ -37,9 +45,20 @@ def test_logits_equal_transformers(paths: dict[str, str], layout: str) -> None:
             torch.testing.assert_close(logits_by_name[name], reference, rtol=0, atol=1e-5)
 
 
-def test_padding_on_the_right_changes_nothing_before_it(paths: dict[str, str]) -> None:
-    (longest_difference,) = run_distributed(difference_by_padding, 1, paths["qwen3_odd"])
-    assert longest_difference < 1e-5
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen3_odd", "llama3_rope"])
+def test_packed_sequences_equal_each_alone(paths: dict[str, str], layout: str, name: str) -> None:
+    """Hidden states and adapters' gradients: packed with torch's attention, alone with Megatron's own."""
+    parallel = LAYOUTS[layout]
+    for recompute in (False, True):
+        ranks = run_distributed(packed_and_alone, parallel.world_size, paths[name], parallel, recompute)
+        for packed, alone in ranks:
+            assert alone.hidden_SH.std() > 0.3
+            torch.testing.assert_close(packed.hidden_SH, alone.hidden_SH, rtol=0, atol=2e-5)
+        for adapter in ranks[0][0].gradients:
+            # Over ranks: with sequence parallelism each has the part of its own tokens.
+            packed_sum, alone_sum = (sum(rank[i].gradients[adapter] for rank in ranks) for i in (0, 1))
+            assert (packed_sum - alone_sum).norm() < 2e-5 * alone_sum.norm(), adapter
 
 
 def test_padded_rows_and_tied_weights(paths: dict[str, str]) -> None:
@@ -70,13 +89,48 @@ def megatron_logits(paths: dict[str, str], parallel: ParallelConfig) -> dict[str
     return logits
 
 
-def difference_by_padding(path: str) -> float:
-    runtime = initialize(LAYOUTS["tp1"], seed=1)
-    model, hf = load_megatron(path, LAYOUTS["tp1"], runtime)
-    tokens = tokens_BS(hf.vocab_size)
-    padded = torch.cat([tokens, torch.zeros(len(tokens), 8, dtype=torch.long)], dim=1)
-    longer = logits_BSV(model, hf, runtime, padded)[:, : tokens.shape[1]]
-    return float((longer - logits_BSV(model, hf, runtime, tokens)).abs().max())
+@dataclass(frozen=True)
+class Pass:
+    """Hidden states of some sequences, end to end, and the gradients of the adapters by name."""
+
+    hidden_SH: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def packed_and_alone(path: str, parallel: ParallelConfig, recompute: bool) -> tuple[Pass, Pass]:
+    """One micro-batch of unlike lengths with padding behind, and its sequences one by one."""
+    runtime = initialize(parallel, seed=1)
+    model, hf = load_megatron(path, parallel, runtime, recompute=recompute)
+    add_lora(model, LoraConfig(rank=4, alpha=6.0), seed=1, runtime=runtime)
+    for adapter in adapters(model):  # B begins as zero, which would hide the gradient of A
+        torch.nn.init.normal_(adapter.B, std=0.1, generator=torch.Generator().manual_seed(5))
+    lengths = (9, 24, 1, 17, 2)
+    tokens = tokens_BS(hf.vocab_size, rows=1, length=sum(lengths))[0].split(lengths)
+    batch = pack(
+        [Sequence(tuple(sequence.tolist()), 1) for sequence in tokens],
+        tuple(range(len(lengths))),
+        pad_id=0,
+        multiple=2,
+        device="cpu",
+    )
+    assert batch.bounds == (0, 9, 33, 34, 51, 53, 54)
+
+    def alone(sequence: torch.Tensor) -> torch.Tensor:
+        even = F.pad(sequence, (0, len(sequence) % 2))[None]
+        return model(even, position_ids=None, attention_mask=None)[0, : len(sequence)]
+
+    return (
+        _pass(model, lambda: hidden_states(model, batch.tokens_S, batch.bounds)[: sum(lengths)]),
+        _pass(model, lambda: torch.cat([alone(sequence) for sequence in tokens])),
+    )
+
+
+def _pass(model: GPTModel, run: Callable[[], torch.Tensor]) -> Pass:
+    model.zero_grad()
+    hidden_SH = run()
+    (hidden_SH * torch.randn(hidden_SH.shape, generator=torch.Generator().manual_seed(9))).sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return Pass(hidden_SH.detach(), gradients)
 
 
 def output_layer(path: str) -> tuple[int, torch.Tensor, bool, bool]:
