@@ -1,8 +1,9 @@
 """The memory plan against what CPU runs really take: python benchmarks/memory.py  # writes into docs/benchmarks.md
 
-For each run it starts the config's processes, builds the policy, trains on sequences of the longest length the config
-allows, builds the engine and refits it, and compares rank 0's resident set with `nemo_ssopd.plan`. Peaks are the
-kernel's own (VmHWM, reset before each stage). Needs Linux, and what scripts/prepare_smollm2.py makes.
+For each run it starts the config's processes, builds the policy, trains on a full micro-batch of sequences of the
+longest length the config allows, builds the engine and refits it, and compares rank 0's resident set with
+`nemo_ssopd.plan`. Peaks are the kernel's own (VmHWM, reset before each stage). Needs Linux, and what
+scripts/prepare_smollm2.py makes.
 """
 
 from __future__ import annotations
@@ -99,13 +100,17 @@ def worker(name: str, overrides: list[str]) -> None:
     stages["weights and gradients"] = sum(update.get(row, 0) for row in built), resident() - start
 
     length = context_length(config)
-    rows = max(1, config.trainer.token_budget // length)
-    tokens = torch.randint(hf.vocab_size, (rows, length), generator=torch.Generator().manual_seed(runtime.dp_rank))
-    sequences = tuple(Sequence(tuple(row), config.rollout.max_prompt_tokens) for row in tokens.tolist())
+    whole, rest = divmod(max(config.trainer.token_budget, length), length)
+    lengths = [length] * whole + [rest] * (rest > 0)
+    tokens = torch.randint(hf.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(runtime.dp_rank))
+    sequences = tuple(
+        Sequence(tuple(part.tolist()), min(config.rollout.max_prompt_tokens, len(part)))
+        for part in tokens.split(lengths)
+    )
     batch = TrainBatch(
         sequences=sequences,
         weights=tuple((1.0,) * sequence.completion_length for sequence in sequences),
-        counts=StepCounts(tokens=rows * length, prompts=1),
+        counts=StepCounts(tokens=sum(lengths), prompts=1),
     )
     prefix = Sequence(sequences[0].tokens[: config.rollout.max_prompt_tokens + config.algorithm.prefixes], 1)
 

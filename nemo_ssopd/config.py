@@ -166,7 +166,7 @@ class TrainerConfig:
     updates_per_step: int = 1
     """Optimizer steps on each rollout batch; with more than one, old log-probs are scored before the first."""
     token_budget: int = 32768
-    """Padded tokens of one micro-batch; a longer sequence gets a micro-batch of its own."""
+    """Tokens of one micro-batch, its sequences laid end to end; a longer sequence gets a micro-batch of its own."""
     chunk_tokens: int = 1024
     """Tokens whose logits exist at one time (the paper's vocabulary chunk; size ours)."""
     save_every: int = 25

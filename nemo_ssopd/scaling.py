@@ -65,8 +65,6 @@ class Rates:
     """Share of the peak arithmetic in passes without gradient."""
     update_efficiency: float = 0.35
     """Share of it in the forward-backward, collectives inside a tensor-parallel group aside."""
-    padding: float = 1.1
-    """Padded tokens for each real one."""
     latency_s: float = 20e-6
     """alpha: one hop of a collective."""
     link_efficiency: float = 0.8
@@ -274,13 +272,13 @@ def _teacher_seconds(
 def _update_seconds(
     config: Config, hf: HFModelConfig, lengths: np.ndarray, rates: Rates, hardware: Hardware
 ) -> np.ndarray:
-    """[replicas]: forward, recomputation and backward over every sequence, padding included."""
+    """[replicas]: forward, recomputation and backward over every sequence."""
     tokens = lengths + rates.prompt_tokens
     rank = config.lora.rank if config.lora.enabled else None
-    flops = Work(hf, rank, config.model.recompute).update(tokens).sum(axis=1) * rates.padding
+    flops = Work(hf, rank, config.model.recompute).update(tokens).sum(axis=1)
     seconds = flops / (config.parallel.tensor * hardware.flops * rates.update_efficiency)
     passes = 4 + 2 * config.model.recompute
-    return seconds + _tensor_parallel_seconds(config, hf, tokens.sum(axis=1) * rates.padding, passes, rates, hardware)
+    return seconds + _tensor_parallel_seconds(config, hf, tokens.sum(axis=1), passes, rates, hardware)
 
 
 def _tensor_parallel_seconds(
