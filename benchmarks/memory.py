@@ -1,7 +1,7 @@
 """The memory plan against what CPU runs really take: python benchmarks/memory.py  # writes into docs/benchmarks.md
 
-For each run it starts the config's processes, builds the policy, trains on a full micro-batch of sequences of the
-longest length the config allows, builds the engine and refits it, and compares rank 0's resident set with
+For each run it starts the config's processes, builds the policy and the engine, refits it, trains on a full
+micro-batch of sequences of the longest length the config allows, and compares rank 0's resident set with
 `nemo_ssopd.plan`. Peaks are the kernel's own (VmHWM, reset before each stage). Needs Linux, and what
 scripts/prepare_smollm2.py makes.
 """
@@ -48,7 +48,7 @@ def main() -> None:
 NOTE = (
     "MiB of rank 0, predicted by `nemo_ssopd/plan.py` and measured as growth of the\nresident set over the stage "
     "before (peaks: above what stays). About 9 MiB\n"
-    "of every build and 5 MiB of every first update are not tensors, which is most of what the tiny model takes."
+    "of every build and 120 MiB of every first update, which loads Numba's compiler, are not tensors."
 )
 HEADER = ("\n| run | stage | predicted | measured | measured / predicted |", "|---|---|---|---|---|")
 
@@ -100,6 +100,23 @@ def worker(name: str, overrides: list[str]) -> None:
     stages["weights and gradients"] = sum(update.get(row, 0) for row in built), resident() - start
 
     length = context_length(config)
+    before = resident()
+    engine = RolloutEngine(
+        config.model.path,
+        tensor=engine_tensor(config),
+        dtype=config.model.dtype,
+        max_model_len=length,
+        max_sequences=config.rollout.max_sequences,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        cpu_cache_gib=config.rollout.cpu_cache_gib,
+        seed=1,
+    )
+    engine.load_weights(actor.weights(), policy_version=1)
+    rollout = phases["rollout"]
+    stages["engine"] = rollout["engine weights"] + rollout["KV cache"], resident() - before
+    refit = peak(lambda: engine.load_weights(actor.weights(), policy_version=2))
+    stages["refit, peak"] = phases["refit"]["refit buffers"], refit
+
     whole, rest = divmod(max(config.trainer.token_budget, length), length)
     lengths = [length] * whole + [rest] * (rest > 0)
     tokens = torch.randint(hf.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(runtime.dp_rank))
@@ -131,23 +148,6 @@ def worker(name: str, overrides: list[str]) -> None:
     actor.update(batch, loss, aux)
     stages["optimizer"] = update["optimizer"], resident() - before
     stages["update, peak"] = update["activations"], peak(lambda: actor.update(batch, loss, aux))
-
-    before = resident()
-    engine = RolloutEngine(
-        config.model.path,
-        tensor=engine_tensor(config),
-        dtype=config.model.dtype,
-        max_model_len=length,
-        max_sequences=config.rollout.max_sequences,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        cpu_cache_gib=config.rollout.cpu_cache_gib,
-        seed=1,
-    )
-    engine.load_weights(actor.weights(), policy_version=1)
-    rollout = phases["rollout"]
-    stages["engine"] = rollout["engine weights"] + rollout["KV cache"], resident() - before
-    refit = peak(lambda: engine.load_weights(actor.weights(), policy_version=2))
-    stages["refit, peak"] = phases["refit"]["refit buffers"], refit
     if runtime.is_main:
         print(json.dumps({"imports and process groups": (0, start), **stages}), flush=True)
     engine.close()

@@ -75,8 +75,8 @@ def hidden_states(model: torch.nn.Module, tokens_S: torch.Tensor, bounds: tuple[
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
     )
-    (hidden_SH,) = model(tokens_S[None], position_ids=None, attention_mask=None, packed_seq_params=packed)
-    return hidden_SH
+    hidden_1SH = model(tokens_S[None], position_ids=None, attention_mask=None, packed_seq_params=packed)
+    return hidden_1SH.squeeze(0)
 
 
 def output_weight(model: GPTModel) -> torch.Tensor:
