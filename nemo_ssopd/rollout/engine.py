@@ -8,7 +8,9 @@ trainer may hold several such engines, which then share its prompts.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +65,23 @@ class RolloutEngine:
                 "max_num_batched_tokens": max(max_model_len, 8192),
             }
         )
-        self._llm = LLM(
-            model=model_path,
-            skip_tokenizer_init=True,  # text becomes tokens, and tokens text, in data/templates.py alone
-            tensor_parallel_size=tensor,
-            distributed_executor_backend="external_launcher",
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_sequences,
-            logprobs_mode="processed_logprobs",  # at the sampling temperature, as the trainer computes them
-            generation_config="vllm",  # sampling parameters come from our config, not from the model's folder
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            disable_log_stats=True,
-            **memory,
-            **_lora_options(lora_rank),
-        )
+        with _llvmlite_out_of_sight():
+            self._llm = LLM(
+                model=model_path,
+                skip_tokenizer_init=True,  # text becomes tokens, and tokens text, in data/templates.py alone
+                tensor_parallel_size=tensor,
+                distributed_executor_backend="external_launcher",
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_sequences,
+                logprobs_mode="processed_logprobs",  # at the sampling temperature, as the trainer computes them
+                generation_config="vllm",  # sampling parameters come from our config, not from the model's folder
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+                disable_log_stats=True,
+                **memory,
+                **_lora_options(lora_rank),
+            )
         self._on_gpu = on_gpu
         self._asleep: frozenset[str] = frozenset()
         self._adapter: LoRARequest | None = None
@@ -181,6 +184,17 @@ class RolloutEngine:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the engine needs now
             self._llm.wake_up(tags=needed)
             self._asleep -= tags
+
+
+@contextmanager
+def _llvmlite_out_of_sight() -> Iterator[None]:
+    """vLLM on CPU looks for kernels in every attribute of every loaded module; llvmlite's library has any attribute."""
+    hidden = sys.modules.pop("llvmlite.binding.ffi", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules["llvmlite.binding.ffi"] = hidden
 
 
 def _lora_options(rank: int) -> dict[str, Any]:

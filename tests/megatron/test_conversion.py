@@ -202,6 +202,8 @@ def vllm_against_trainer(adapter: str, run_dir: Path) -> tuple[float, ...]:
         data=DataConfig(train="train.jsonl"),
     )
     config = replace(config, rollout=replace(config.rollout, refit="adapter", temperature=1.0))
+    actor = changed_actor(config, runtime)
+    actor.logprobs([Sequence((1, 2, 3), 1)])  # the engine must also start where Numba is loaded already
     engine = RolloutEngine(
         DEMO,
         tensor=1,
@@ -213,7 +215,6 @@ def vllm_against_trainer(adapter: str, run_dir: Path) -> tuple[float, ...]:
         seed=1,
         lora_rank=4,
     )
-    actor = changed_actor(config, runtime)
 
     def differences(version: int) -> float:
         prompts = tokens_BS(30, rows=8, length=12).tolist()
