@@ -230,6 +230,7 @@ def _kl_gradient_kernel(
 ) -> None:
     dtype = upstream.dtype.type
     log2_e, zero = dtype(LOG2_E), dtype(0.0)
+    z_s = np.empty(TILE, upstream.dtype)  # LLVM makes no vectors of a loop whose output may be its input
     for row in range(norms.shape[0]):
         s = student[row * student_stride : row * student_stride + width]
         t = teacher[row * teacher_stride : row * teacher_stride + width]
@@ -239,12 +240,16 @@ def _kl_gradient_kernel(
         log_ratio = dtype(norms[row, 1] - norms[row, 3])
         pull = upstream[row]
         push = pull * unclipped_mass[row]
-        for i in range(width):
-            z_s = _scaled(_load(s[i]), log2_e, s_max)
-            z_t = _scaled(_load(t[i]), log2_e, t_max)
-            p = _exp2(z_t - t_log_sum)
-            over = p * ((z_t - z_s) + log_ratio) >= clip
-            grad[i] = _rounded(push * _exp2(z_s - s_log_sum) - pull * (zero if over else p), grad)
+        for start in range(0, width, TILE):
+            s_tile, t_tile = s[start : start + TILE], t[start : start + TILE]
+            grad_tile = grad[start : start + TILE]
+            for i in range(s_tile.size):
+                z_s[i] = _scaled(_load(s_tile[i]), log2_e, s_max)
+            for i in range(t_tile.size):
+                z_t = _scaled(_load(t_tile[i]), log2_e, t_max)
+                p = _exp2(z_t - t_log_sum)
+                over = p * ((z_t - z_s[i]) + log_ratio) >= clip
+                grad_tile[i] = _rounded(push * _exp2(z_s[i] - s_log_sum) - pull * (zero if over else p), grad_tile)
 
 
 @_kernel
@@ -253,6 +258,7 @@ def _logprob_gradient_kernel(
 ) -> None:
     dtype = upstream.dtype.type
     log2_e = dtype(LOG2_E)
+    z = np.empty(TILE, upstream.dtype)
     for row in range(norm.shape[0]):
         x = logits[row * stride : row * stride + width]
         grad = out[row * out_stride : row * out_stride + width]
@@ -262,8 +268,12 @@ def _logprob_gradient_kernel(
         owned = 0 <= target and target < width
         # 1 - p from its logarithm, in float64: as a difference, a p near 1 would leave rounding errors only.
         target_log2 = np.float64(_load(x[target])) * LOG2_E - norm[row, 0] - norm[row, 1] if owned else 0.0
-        for i in range(width):
-            grad[i] = _rounded(-scale * _exp2(_scaled(_load(x[i]), log2_e, row_max) - row_log_sum), grad)
+        for start in range(0, width, TILE):
+            tile, grad_tile = x[start : start + TILE], grad[start : start + TILE]
+            for i in range(tile.size):
+                z[i] = _scaled(_load(tile[i]), log2_e, row_max)
+            for i in range(grad_tile.size):
+                grad_tile[i] = _rounded(-scale * _exp2(z[i] - row_log_sum), grad_tile)
         if owned:
             grad[target] = _rounded(dtype(-scale * math.expm1(target_log2 * LN_2)), grad)
 
