@@ -24,6 +24,7 @@ from nemo_ssopd.ops.vocab_parallel import (
     RowNorm,
     compute_dtype,
     gather_shards,
+    has_whole_rows,
     in_huge_pages,
     norm_and_entropy,
     output_layer,
@@ -168,11 +169,16 @@ class _ClippedKL:
     def evaluate(self, student_CW: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The two collectives are here: a gather of the row statistics of both models, then a sum of loss and P_U."""
         kernels = row_kernels(student_CW)
-        stats_C6 = torch.cat([kernels.row_statistics(student_CW), kernels.row_statistics(teacher_CW)], dim=1)
+        on_one_rank = student_CW.device.type == "cpu" and has_whole_rows(self.group)
+        if on_one_rank:
+            stats_C6, sums_C4 = kernels.statistics_and_sums(student_CW, teacher_CW, self.clip)
+        else:
+            stats_C6 = torch.cat([kernels.row_statistics(student_CW), kernels.row_statistics(teacher_CW)], dim=1)
         stats_NC6 = gather_shards(stats_C6, self.group)
         student, student_entropy_C = norm_and_entropy(stats_NC6[:, :, :3])
         teacher, teacher_entropy_C = norm_and_entropy(stats_NC6[:, :, 3:])
-        sums_C4 = sum_shards(kernels.kl_sums(student_CW, teacher_CW, student, teacher, self.clip), self.group)
+        if not on_one_rank:
+            sums_C4 = sum_shards(kernels.kl_sums(student_CW, teacher_CW, student, teacher, self.clip), self.group)
         loss_C, unclipped_mass_C, kl_C, shards_clipped_C = sums_C4.unbind(1)
         clipped_mass_C = torch.where(kl_C == loss_C, 0.0, kl_C - loss_C)  # infinite alike without a clip
         stats = [kl_C, shards_clipped_C.clamp(max=1.0), clipped_mass_C, teacher_entropy_C, student_entropy_C]

@@ -90,6 +90,10 @@ def _scaled(typing_context: Any, x: Any, scale: Any, shift: Any) -> Any:
     return x(x, x, x), build
 
 
+def _lowest(zero: Any) -> Any:
+    """The lowest finite number of this type."""
+
+
 def _load(element: Any) -> Any:
     """An element of an array as float32 or float64. bfloat16 comes as uint16, float16 as int16: see `_rows_of`."""
 
@@ -100,6 +104,12 @@ def _rounded(value: Any, array: Any) -> Any:
 
 def _exp2(x: Any) -> Any:
     """2^x. In float32 to 2 units in the last place, and 0 below 2^-126; there is no vector library to lean on."""
+
+
+@overload(_lowest, strict=False)
+def _lowest_overload(zero: Any) -> Any:
+    lowest = np.finfo(str(zero)).min
+    return lambda zero: lowest
 
 
 @overload(_load, jit_options={"fastmath": FAST}, strict=False)
@@ -159,27 +169,59 @@ def _exp2_overload(x: Any) -> Any:
 
 
 @_kernel
+def _statistics_of(x: Any, log2_e: Any, zero: Any) -> tuple[float, float, float]:
+    """Max, sum of powers and weighted sum of one row."""
+    lowest = _lowest(zero)
+    maximum = lowest
+    for i in range(x.size):
+        maximum = _larger(_load(x[i]), maximum)
+    maximum = _larger(maximum * log2_e, lowest)
+    total, weighted = 0.0, 0.0
+    for start in range(0, x.size, TILE):
+        tile = x[start : start + TILE]
+        tile_total, tile_weighted = zero, zero
+        for i in range(tile.size):
+            z = _scaled(_load(tile[i]), log2_e, maximum)
+            power = _exp2(z)
+            tile_total += power
+            tile_weighted += power * z if power > zero else zero  # not 0 * inf
+        total += tile_total
+        weighted += tile_weighted
+    return maximum, total, weighted
+
+
+@_kernel
+def _kl_sums_of(
+    s: Any, t: Any, s_max: Any, t_max: Any, t_log_sum: Any, log_ratio: Any, clip: Any, log2_e: Any, zero: Any
+) -> tuple[float, float, float, bool]:
+    """Of one row. `log_ratio` is the student's log-sum-exp less the teacher's, their maxima aside."""
+    clipped, mass, whole, most = 0.0, 0.0, 0.0, zero
+    for start in range(0, s.size, TILE):
+        s_tile, t_tile = s[start : start + TILE], t[start : start + TILE]
+        tile_clipped, tile_mass, tile_whole = zero, zero, zero
+        for i in range(s_tile.size):
+            z_s = _scaled(_load(s_tile[i]), log2_e, s_max)
+            z_t = _scaled(_load(t_tile[i]), log2_e, t_max)
+            p = _exp2(z_t - t_log_sum)
+            kl = p * ((z_t - z_s) + log_ratio)
+            kl = zero if p == zero else kl  # what has no mass contributes nothing, not 0 * inf; NaN stays NaN
+            over = kl >= clip
+            tile_whole += kl
+            tile_clipped += clip if over else kl
+            tile_mass += zero if over else p
+            most = _larger(kl, most)
+        clipped += tile_clipped
+        mass += tile_mass
+        whole += tile_whole
+    return clipped * LN_2, mass, whole * LN_2, most >= clip
+
+
+@_kernel
 def _statistics_kernel(logits: Any, stride: int, width: int, out: Any) -> None:
-    log2_e, zero = out.dtype.type(LOG2_E), out.dtype.type(0.0)
-    lowest = np.finfo(out.dtype).min
+    dtype = out.dtype.type
     for row in range(out.shape[0]):
         x = logits[row * stride : row * stride + width]
-        maximum = lowest
-        for i in range(width):
-            maximum = _larger(_load(x[i]), maximum)
-        maximum = _larger(maximum * log2_e, lowest)
-        total, weighted = 0.0, 0.0
-        for start in range(0, width, TILE):
-            tile = x[start : start + TILE]
-            tile_total, tile_weighted = zero, zero
-            for i in range(tile.size):
-                z = _scaled(_load(tile[i]), log2_e, maximum)
-                power = _exp2(z)
-                tile_total += power
-                tile_weighted += power * z if power > zero else zero  # not 0 * inf
-            total += tile_total
-            weighted += tile_weighted
-        out[row, 0], out[row, 1], out[row, 2] = maximum, total, weighted
+        out[row, 0], out[row, 1], out[row, 2] = _statistics_of(x, dtype(LOG2_E), dtype(0.0))
 
 
 @_kernel
@@ -187,31 +229,35 @@ def _kl_sums_kernel(
     student: Any, student_stride: int, teacher: Any, teacher_stride: int, width: int, norms: Any, clip: Any, out: Any
 ) -> None:
     dtype = out.dtype.type
-    log2_e, zero = dtype(LOG2_E), dtype(0.0)
     for row in range(out.shape[0]):
         s = student[row * student_stride : row * student_stride + width]
         t = teacher[row * teacher_stride : row * teacher_stride + width]
         s_max, t_max, t_log_sum = dtype(norms[row, 0]), dtype(norms[row, 2]), dtype(norms[row, 3])
         log_ratio = dtype(norms[row, 1] - norms[row, 3])
-        clipped, mass, whole, most = 0.0, 0.0, 0.0, zero
-        for start in range(0, width, TILE):
-            s_tile, t_tile = s[start : start + TILE], t[start : start + TILE]
-            tile_clipped, tile_mass, tile_whole = zero, zero, zero
-            for i in range(s_tile.size):
-                z_s = _scaled(_load(s_tile[i]), log2_e, s_max)
-                z_t = _scaled(_load(t_tile[i]), log2_e, t_max)
-                p = _exp2(z_t - t_log_sum)
-                kl = p * ((z_t - z_s) + log_ratio)
-                kl = zero if p == zero else kl  # what has no mass contributes nothing, not 0 * inf; NaN stays NaN
-                over = kl >= clip
-                tile_whole += kl
-                tile_clipped += clip if over else kl
-                tile_mass += zero if over else p
-                most = _larger(kl, most)
-            clipped += tile_clipped
-            mass += tile_mass
-            whole += tile_whole
-        out[row, 0], out[row, 1], out[row, 2], out[row, 3] = clipped * LN_2, mass, whole * LN_2, most >= clip
+        out[row, 0], out[row, 1], out[row, 2], out[row, 3] = _kl_sums_of(
+            s, t, s_max, t_max, t_log_sum, log_ratio, clip, dtype(LOG2_E), dtype(0.0)
+        )
+
+
+@_kernel
+def _whole_rows_kernel(
+    student: Any, student_stride: int, teacher: Any, teacher_stride: int, width: int, clip: Any, stats: Any, sums: Any
+) -> None:
+    dtype = stats.dtype.type
+    log2_e, zero = dtype(LOG2_E), dtype(0.0)
+    for row in range(stats.shape[0]):
+        s = student[row * student_stride : row * student_stride + width]
+        t = teacher[row * teacher_stride : row * teacher_stride + width]
+        s_max, s_total, s_weighted = _statistics_of(s, log2_e, zero)
+        t_max, t_total, t_weighted = _statistics_of(t, log2_e, zero)
+        stats[row, 0], stats[row, 1], stats[row, 2] = s_max, s_total, s_weighted
+        stats[row, 3], stats[row, 4], stats[row, 5] = t_max, t_total, t_weighted
+        # Of the sums as they are returned, so that loss and gradient go by the same numbers.
+        s_log_sum, t_log_sum = np.log2(np.float64(stats[row, 1])), np.log2(np.float64(stats[row, 4]))
+        log_ratio = dtype(s_log_sum - t_log_sum)
+        sums[row, 0], sums[row, 1], sums[row, 2], sums[row, 3] = _kl_sums_of(
+            s, t, s_max, t_max, dtype(t_log_sum), log_ratio, clip, log2_e, zero
+        )
 
 
 @_kernel
@@ -316,6 +362,28 @@ def kl_sums(student_TW: Tensor, teacher_TW: Tensor, student: RowNorm, teacher: R
 
     _on_all_cores(sums_of, student_TW)
     return sums_T4
+
+
+def statistics_and_sums(student_TW: Tensor, teacher_TW: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """`row_statistics` of both models, [T, 6], and `kl_sums`, where the columns are all there are.
+
+    Each row is read from memory once: the sums find it in the cache.
+    """
+    stats_T6 = student_TW.new_empty(student_TW.shape[0], 6, dtype=compute_dtype(student_TW.dtype))
+    sums_T4 = stats_T6.new_empty(student_TW.shape[0], 4)
+
+    def both_of(rows: slice) -> None:
+        _whole_rows_kernel(
+            *_rows_of(student_TW, rows),
+            *_rows_of(teacher_TW, rows),
+            student_TW.shape[1],
+            _limit(clip, student_TW),
+            stats_T6[rows].numpy(),
+            sums_T4[rows].numpy(),
+        )
+
+    _on_all_cores(both_of, student_TW)
+    return stats_T6, sums_T4
 
 
 def write_kl_gradient(
