@@ -26,12 +26,16 @@ from torch import Tensor
 
 from nemo_ssopd.ops.vocab_parallel import LN_2, LOG2_E, RowNorm, compute_dtype, with_unit_stride
 
-TILE = 2048  # columns that are summed in float32, in as many lanes as the CPU has, before float64 takes over
+TILE = 2048  # columns of which sums are taken in float32, in as many lanes as the CPU has, before float64 takes over
 MIN_COLUMNS_FOR_THREADS = 2**17  # of all rows together; below, waking a thread costs more than it saves
 
 # Sums may be reordered, products fused: what vector instructions need. NaN and infinities keep their meaning.
 FAST = {"reassoc", "nsz", "contract", "arcp"}
 _kernel = njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+# Parts are inlined into every kernel: a part that is called exists in several versions, and which one a process runs
+# would depend on whether the kernel was compiled or came from the cache. They differ in the last bits.
+INLINED = {"forceinline": True, "fastmath": FAST, "error_model": "numpy"}
+_part = njit(**INLINED)
 
 
 # ---- Elements --------------------------------------------------------------------------------------------------------
@@ -106,13 +110,13 @@ def _exp2(x: Any) -> Any:
     """2^x. In float32 to 2 units in the last place, and 0 below 2^-126; there is no vector library to lean on."""
 
 
-@overload(_lowest, strict=False)
+@overload(_lowest, jit_options=INLINED, strict=False)
 def _lowest_overload(zero: Any) -> Any:
     lowest = np.finfo(str(zero)).min
     return lambda zero: lowest
 
 
-@overload(_load, jit_options={"fastmath": FAST}, strict=False)
+@overload(_load, jit_options=INLINED, strict=False)
 def _load_overload(element: Any) -> Any:
     if element == types.uint16:
         return lambda element: _float_of_bits(np.int32(element) << np.int32(16))
@@ -121,7 +125,7 @@ def _load_overload(element: Any) -> Any:
     return lambda element: element
 
 
-@overload(_rounded, jit_options={"fastmath": FAST}, strict=False)
+@overload(_rounded, jit_options=INLINED, strict=False)
 def _rounded_overload(value: Any, array: Any) -> Any:
     if array.dtype == types.uint16:
 
@@ -142,7 +146,7 @@ _P1, _P2, _P3 = np.float32(6.931472028550421e-1), np.float32(2.402264791363012e-
 _P4, _P5, _P6 = np.float32(9.618437357674640e-3), np.float32(1.339887440266574e-3), np.float32(1.535336188319500e-4)
 
 
-@overload(_exp2, jit_options={"fastmath": FAST}, strict=False)
+@overload(_exp2, jit_options=INLINED, strict=False)
 def _exp2_overload(x: Any) -> Any:
     if x == types.float64:
         return lambda x: np.exp2(x)
@@ -168,7 +172,7 @@ def _exp2_overload(x: Any) -> Any:
 # Rows lie in a flat array, `stride` elements apart, so that LLVM sees neighbours as neighbours.
 
 
-@_kernel
+@_part
 def _statistics_of(x: Any, log2_e: Any, zero: Any) -> tuple[float, float, float]:
     """Max, sum of powers and weighted sum of one row."""
     lowest = _lowest(zero)
@@ -179,18 +183,18 @@ def _statistics_of(x: Any, log2_e: Any, zero: Any) -> tuple[float, float, float]
     total, weighted = 0.0, 0.0
     for start in range(0, x.size, TILE):
         tile = x[start : start + TILE]
-        tile_total, tile_weighted = zero, zero
+        tile_total, tile_weighted = 0.0, zero
         for i in range(tile.size):
             z = _scaled(_load(tile[i]), log2_e, maximum)
             power = _exp2(z)
-            tile_total += power
+            tile_total += np.float64(power)  # or the KL of nearly equal models would consist of its rounding errors
             tile_weighted += power * z if power > zero else zero  # not 0 * inf
         total += tile_total
         weighted += tile_weighted
     return maximum, total, weighted
 
 
-@_kernel
+@_part
 def _kl_sums_of(
     s: Any, t: Any, s_max: Any, t_max: Any, t_log_sum: Any, log_ratio: Any, clip: Any, log2_e: Any, zero: Any
 ) -> tuple[float, float, float, bool]:
@@ -252,8 +256,7 @@ def _whole_rows_kernel(
         t_max, t_total, t_weighted = _statistics_of(t, log2_e, zero)
         stats[row, 0], stats[row, 1], stats[row, 2] = s_max, s_total, s_weighted
         stats[row, 3], stats[row, 4], stats[row, 5] = t_max, t_total, t_weighted
-        # Of the sums as they are returned, so that loss and gradient go by the same numbers.
-        s_log_sum, t_log_sum = np.log2(np.float64(stats[row, 1])), np.log2(np.float64(stats[row, 4]))
+        s_log_sum, t_log_sum = np.log2(s_total), np.log2(t_total)
         log_ratio = dtype(s_log_sum - t_log_sum)
         sums[row, 0], sums[row, 1], sums[row, 2], sums[row, 3] = _kl_sums_of(
             s, t, s_max, t_max, dtype(t_log_sum), log_ratio, clip, log2_e, zero
