@@ -22,7 +22,9 @@ from torch.distributed import TCPStore
 TIMEOUT_S = 120.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["nemo_ssopd.megatron.policy", "transformers.models.auto.modeling_auto", "peft"])
+_context.set_forkserver_preload(
+    ["nemo_ssopd.megatron.policy", "nemo_ssopd.ops.row_kernels_numba", "transformers.models.auto.modeling_auto", "peft"]
+)
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
