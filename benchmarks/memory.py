@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -77,8 +78,6 @@ def measured_rows(run: list[str]) -> str:
 
 def worker(name: str, overrides: list[str]) -> None:
     """One rank. Rank 0 prints {stage: [predicted bytes, measured bytes]}."""
-    import torch  # noqa: PLC0415
-
     from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, grpo_loss  # noqa: PLC0415
     from nemo_ssopd.config import as_dataclasses, compose_run, context_length, engine_tensor  # noqa: PLC0415
     from nemo_ssopd.hf_config import read_hf_config  # noqa: PLC0415
@@ -86,7 +85,7 @@ def worker(name: str, overrides: list[str]) -> None:
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
     from nemo_ssopd.plan import Machine, plan  # noqa: PLC0415
     from nemo_ssopd.rollout.engine import RolloutEngine  # noqa: PLC0415
-    from nemo_ssopd.types import Sequence, StepCounts, TrainBatch  # noqa: PLC0415
+    from nemo_ssopd.types import Sequence  # noqa: PLC0415
 
     config = as_dataclasses(compose_run(name, overrides))
     hf = read_hf_config(config.model.path)
@@ -117,19 +116,8 @@ def worker(name: str, overrides: list[str]) -> None:
     refit = peak(lambda: engine.load_weights(actor.weights(), policy_version=2))
     stages["refit, peak"] = phases["refit"]["refit buffers"], refit
 
-    whole, rest = divmod(max(config.trainer.token_budget, length), length)
-    lengths = [length] * whole + [rest] * (rest > 0)
-    tokens = torch.randint(hf.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(runtime.dp_rank))
-    sequences = tuple(
-        Sequence(tuple(part.tolist()), min(config.rollout.max_prompt_tokens, len(part)))
-        for part in tokens.split(lengths)
-    )
-    batch = TrainBatch(
-        sequences=sequences,
-        weights=tuple((1.0,) * sequence.completion_length for sequence in sequences),
-        counts=StepCounts(tokens=sum(lengths), prompts=1),
-    )
-    prefix = Sequence(sequences[0].tokens[: config.rollout.max_prompt_tokens + config.algorithm.prefixes], 1)
+    batch = full_batch(config, hf.vocab_size, seed=runtime.dp_rank)
+    prefix = Sequence(batch.sequences[0].tokens[: config.rollout.max_prompt_tokens + config.algorithm.prefixes], 1)
 
     def teacher() -> ClippedDistillation:
         with actor.reference():
@@ -151,6 +139,28 @@ def worker(name: str, overrides: list[str]) -> None:
     if runtime.is_main:
         print(json.dumps({"imports and process groups": (0, start), **stages}), flush=True)
     engine.close()
+
+
+def full_batch(config: Any, vocab_size: int, *, seed: int) -> Any:
+    """Sequences of full length that fill one micro-batch's token budget."""
+    import torch  # noqa: PLC0415
+
+    from nemo_ssopd.config import context_length  # noqa: PLC0415
+    from nemo_ssopd.types import Sequence, StepCounts, TrainBatch  # noqa: PLC0415
+
+    length = context_length(config)
+    whole, rest = divmod(max(config.trainer.token_budget, length), length)
+    lengths = [length] * whole + [rest] * (rest > 0)
+    tokens = torch.randint(vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    sequences = tuple(
+        Sequence(tuple(part.tolist()), min(config.rollout.max_prompt_tokens, len(part)))
+        for part in tokens.split(lengths)
+    )
+    return TrainBatch(
+        sequences=sequences,
+        weights=tuple((1.0,) * sequence.completion_length for sequence in sequences),
+        counts=StepCounts(tokens=sum(lengths), prompts=1),
+    )
 
 
 def resident() -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -147,6 +148,15 @@ def test_silence_is_counted_in_own_ticks(tmp_path: Path) -> None:
     assert watch._problem(2 * health.SILENCE_S) is None
     health.beat_file(tmp_path, 1).write_text("")  # being written
     assert watch._problem(2 * health.SILENCE_S) is None
+
+
+def test_a_heartbeat_is_never_found_half_written(tmp_path: Path) -> None:
+    watch = health.Watch(tmp_path, 0, 1, limit_s=600)
+    writing = threading.Thread(target=lambda: [watch._write() for _ in range(2000)])
+    writing.start()
+    while writing.is_alive():
+        assert health.read_beat(tmp_path, 0) is not None
+    writing.join()
 
 
 def test_a_stage_that_takes_too_long_is_a_problem(tmp_path: Path) -> None:
