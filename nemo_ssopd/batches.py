@@ -73,7 +73,8 @@ def global_counts(runtime: Runtime, *, tokens: int, prompts: int, completions: i
     """The denominators: this rank's counts, summed over the data-parallel ranks. Without any token, 1 divides zero."""
     counts = torch.tensor([tokens, prompts, completions], device=runtime.device)
     dist.all_reduce(counts, group=runtime.dp_group)
-    return StepCounts(max(1, int(counts[0])), int(counts[1]), int(counts[2]))
+    tokens, prompts, completions = counts.tolist()
+    return StepCounts(max(1, tokens), prompts, completions)
 
 
 def distillation(

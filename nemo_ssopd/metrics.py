@@ -15,7 +15,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +37,15 @@ AREAS = ("progress", "rollout", "reward", "group", "loss", "ssopd", "optim", "ti
 # ---- Values ---------------------------------------------------------------------------------------------------------
 
 
+Number: TypeAlias = float | torch.Tensor
+"""A value on the host, or a scalar tensor that waits on the device until `fetch` brings it over."""
+
+
 @dataclass(frozen=True)
 class Sum:
     """Adds up: counts, tokens."""
 
-    total: float
+    total: Number
 
     def join(self, other: Sum) -> Sum:
         return Sum(self.total + other.total)
@@ -58,8 +62,8 @@ class Mean:
     0.8
     """
 
-    total: float
-    count: float
+    total: Number
+    count: Number
 
     def join(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
@@ -72,7 +76,7 @@ class Mean:
 class Max:
     """The largest; also for what all ranks hold alike, such as the gradient norm. NaN wins, so that it shows."""
 
-    x: float
+    x: Number
 
     def join(self, other: Max) -> Max:
         return Max(math.nan if math.isnan(self.x) or math.isnan(other.x) else max(self.x, other.x))
@@ -85,7 +89,7 @@ class Max:
 class Min:
     """The smallest. NaN wins, so that it shows."""
 
-    x: float
+    x: Number
 
     def join(self, other: Min) -> Min:
         return Min(math.nan if math.isnan(self.x) or math.isnan(other.x) else min(self.x, other.x))
@@ -111,6 +115,23 @@ def merge(*parts: Mapping[str, Metric]) -> Metrics:
             else:
                 raise ValueError(f"{key} is both {merged[key]} and {metric}: give it one reduction everywhere")
     return merged
+
+
+def fetch(parts: Iterable[Mapping[str, Metric]]) -> list[Metrics]:
+    """Bring all values that wait on the device to the host, in one transfer, so that the device is waited for once.
+
+    >>> fetch([{"loss/entropy": Mean(torch.tensor(2.0), 4)}, {"optim/lr": Max(0.1)}])
+    [{'loss/entropy': Mean(total=2.0, count=4)}, {'optim/lr': Max(x=0.1)}]
+    """
+    parts = list(parts)
+    numbers = [number for part in parts for metric in part.values() for number in vars(metric).values()]
+    waiting = [number.detach().double() for number in numbers if isinstance(number, torch.Tensor)]
+    values = iter(torch.stack(waiting).tolist() if waiting else ())
+
+    def on_host(metric: Metric) -> Metric:
+        return type(metric)(*(next(values) if isinstance(n, torch.Tensor) else n for n in vars(metric).values()))
+
+    return [{key: on_host(metric) for key, metric in part.items()} for part in parts]
 
 
 def check_key(key: str) -> None:

@@ -165,8 +165,9 @@ class Activations:
         return self.tokens * self.config.lora.rank * (5 + 2 / self.sequence_shards) * self.width
 
     def mlp(self) -> float:
-        """Gate and up together, silu(gate), up plus its offset, and their product, which the last projection reads."""
-        return self.tokens * 5 * self.w.F * self.width
+        """Gate and up together, silu(gate), up plus its offset, and their product, which the last projection reads. On
+        CUDA, Megatron's fused SwiGLU keeps the first and the last of these."""
+        return self.tokens * (3 if self.on_cuda else 5) * self.w.F * self.width
 
     def layer(self) -> float:
         """What one layer saves for its backward; each norm's output is read by the projection behind it."""

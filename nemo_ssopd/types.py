@@ -130,16 +130,16 @@ class PackedBatch:
     """One micro-batch: sequences laid end to end, and so are their completion tokens.
 
     Row `rows[b]` of the batch owns S-range bounds[b] : bounds[b + 1] and T-range offsets[b] : offsets[b + 1]. Padding
-    behind the last one has bounds of its own and no offsets. Completion token t is `targets_T[t]`; it is predicted by
-    position `index_T[t]` of the hidden states [S, H].
+    behind the last one has bounds of its own and no offsets. `starts` holds the bounds on the device, int32. Completion
+    token t is `targets_T[t]`; it is predicted by position `index_T[t]` of the hidden states [S, H].
 
-    >>> PackedBatch((4, 0), tokens_S=..., bounds=(0, 3, 9), index_T=..., targets_T=..., offsets=(0, 2, 5)).num_tokens
-    5
+    >>> PackedBatch((4, 0), tokens_S, bounds=(0, 3, 9), starts=..., index_T=..., targets_T=..., offsets=(0, 2, 5))
     """
 
     rows: tuple[int, ...]
     tokens_S: torch.Tensor
     bounds: tuple[int, ...]
+    starts: torch.Tensor
     index_T: torch.Tensor
     targets_T: torch.Tensor
     offsets: tuple[int, ...]

@@ -3,7 +3,8 @@
     L = 1/tokens * sum_t loss_t  +  1/prompts * sum_x lambda(x) L_SSOPD(x)          (paper eq. 13)
 
 Both denominators count the global batch, over data-parallel ranks and micro-batches, so neither term dilutes
-the other and neither depends on how the batch is split. Functions here return sums; the actor divides.
+the other and neither depends on how the batch is split. Functions here return sums; the actor divides. Metrics hold
+scalar tensors: nothing here waits for the device.
 
 Shapes: T completion tokens of a micro-batch, K prefix positions, H hidden size, W this rank's vocabulary shard.
 """
@@ -26,15 +27,16 @@ from nemo_ssopd.ops.divergences import Divergence, linear_divergence
 class TokenInputs:
     """Per-token values of one micro-batch, each [T], at the sampling temperature. Only `logprobs_T` has a gradient.
 
+    `old_logprobs_T` None means that the policy has not moved since sampling: its own log-probs are the old ones.
     `sampler_logprobs_T` and `reference_logprobs_T` are None where the recipe has none; `scales_T` None is 1 for all.
 
-    >>> TokenInputs(logprobs_T=lp, old_logprobs_T=lp.detach(), advantages_T=a, entropy_T=h)
+    >>> TokenInputs(logprobs_T=lp, entropy_T=h, advantages_T=a)
     """
 
     logprobs_T: torch.Tensor
-    old_logprobs_T: torch.Tensor
-    advantages_T: torch.Tensor
     entropy_T: torch.Tensor
+    advantages_T: torch.Tensor
+    old_logprobs_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None
     sampler_logprobs_T: torch.Tensor | None = None
     scales_T: torch.Tensor | None = None
@@ -58,28 +60,29 @@ def grpo_loss(
     With an `importance_cap` above 0 the surrogate is weighted by `truncated_importance`.
     """
     tokens = inputs.logprobs_T.numel()
-    ratio = inputs.logprobs_T, inputs.old_logprobs_T, inputs.advantages_T
+    old_logprobs_T = inputs.logprobs_T.detach() if inputs.old_logprobs_T is None else inputs.old_logprobs_T
+    ratio = inputs.logprobs_T, old_logprobs_T, inputs.advantages_T
     surrogate_T = clipped_surrogate(*ratio, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     stats = ratio_stats(*ratio, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     metrics: Metrics = {
-        "loss/entropy": Mean(inputs.entropy_T.sum().item(), tokens),
-        "loss/clip_fraction": Mean(stats.clipped_T.sum().item(), tokens),
+        "loss/entropy": Mean(inputs.entropy_T.sum(), tokens),
+        "loss/clip_fraction": Mean(stats.clipped_T.sum(), tokens),
     }
     if inputs.sampler_logprobs_T is not None:
-        difference_T = (inputs.old_logprobs_T - inputs.sampler_logprobs_T).abs()
-        metrics["rollout/logprob_mismatch"] = Mean(difference_T.sum().item(), tokens)
-        metrics["rollout/logprob_mismatch_max"] = Max(difference_T.max().item())
+        difference_T = (old_logprobs_T - inputs.sampler_logprobs_T).abs()
+        metrics["rollout/logprob_mismatch"] = Mean(difference_T.sum(), tokens)
+        metrics["rollout/logprob_mismatch_max"] = Max(difference_T.max())
         if importance_cap > 0:
-            importance_T = truncated_importance(inputs.old_logprobs_T, inputs.sampler_logprobs_T, cap=importance_cap)
+            importance_T = truncated_importance(old_logprobs_T, inputs.sampler_logprobs_T, cap=importance_cap)
             surrogate_T = surrogate_T * importance_T
-            metrics["loss/importance"] = Mean(importance_T.sum().item(), tokens)
+            metrics["loss/importance"] = Mean(importance_T.sum(), tokens)
     surrogate = _scaled_sum(surrogate_T, inputs.scales_T)
-    counted = tokens if inputs.scales_T is None else int(inputs.scales_T.count_nonzero().item())
-    metrics["loss/grpo"] = Mean(surrogate.item(), counted)
+    counted = tokens if inputs.scales_T is None else inputs.scales_T.count_nonzero()
+    metrics["loss/grpo"] = Mean(surrogate.detach(), counted)
     if inputs.reference_logprobs_T is None:
         return surrogate, metrics
     reference = _scaled_sum(PENALTIES[penalty](inputs.logprobs_T, inputs.reference_logprobs_T), inputs.scales_T)
-    metrics["loss/reference_kl"] = Mean(reference.item(), counted)
+    metrics["loss/reference_kl"] = Mean(reference.detach(), counted)
     return surrogate + reference_kl * reference, metrics
 
 
@@ -90,8 +93,7 @@ def _scaled_sum(values_T: torch.Tensor, scales_T: torch.Tensor | None) -> torch.
 def sft_loss(inputs: TokenInputs) -> tuple[torch.Tensor, Metrics]:
     """Sum over T of the cross-entropy on reference solutions; `advantages_T` is 0 where a token is input only."""
     loss = -(inputs.logprobs_T * inputs.advantages_T).sum()
-    trained = int(inputs.advantages_T.count_nonzero().item())
-    return loss, {"loss/sft": Mean(loss.item(), trained)}
+    return loss, {"loss/sft": Mean(loss.detach(), inputs.advantages_T.count_nonzero())}
 
 
 class AuxLoss(Protocol):
@@ -150,22 +152,23 @@ class ClippedDistillation:
         target = self.targets[sequence]
         loss_K, stats = self._divergence(hidden_KH, target.teacher_hidden_KH, weight_WH)
         K = len(loss_K)
-        kl = stats.kl_T.sum().item()
+        kl = stats.kl_T.sum()
         metrics: Metrics = {
             "ssopd/weight": Mean(target.weight, 1),
             "ssopd/pairs": Sum(1),
             "ssopd/kl_unclipped": Mean(kl, K),
-            "ssopd/clipped_positions": Mean(stats.was_clipped_T.sum().item(), K),
-            "ssopd/clipped_mass": Mean(stats.clipped_mass_T.sum().item(), kl) if kl > 0 else Mean(0.0, 0),
-            "ssopd/teacher_entropy": Mean(stats.teacher_entropy_T.sum().item(), K),
-            "ssopd/student_entropy": Mean(stats.student_entropy_T.sum().item(), K),
+            "ssopd/clipped_positions": Mean(stats.was_clipped_T.sum(), K),
+            # A KL that is zero but for rounding has no share that was cut.
+            "ssopd/clipped_mass": Mean(stats.clipped_mass_T.sum().where(kl > 0, 0.0), kl.where(kl > 0, 0.0)),
+            "ssopd/teacher_entropy": Mean(stats.teacher_entropy_T.sum(), K),
+            "ssopd/student_entropy": Mean(stats.student_entropy_T.sum(), K),
         }
         if target.away_hidden_KH is not None:
             away_K, away_stats = self._divergence(hidden_KH, target.away_hidden_KH, weight_WH)
             loss_K = loss_K - self.contrast * away_K
-            metrics["ssopd/kl_away"] = Mean(away_stats.kl_T.sum().item(), K)
+            metrics["ssopd/kl_away"] = Mean(away_stats.kl_T.sum(), K)
         loss = self._over_positions(loss_K)
-        metrics["ssopd/loss"] = Mean(loss.item(), 1)
+        metrics["ssopd/loss"] = Mean(loss.detach(), 1)
         return target.weight * loss, metrics
 
     def _divergence(

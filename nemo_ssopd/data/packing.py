@@ -57,12 +57,20 @@ def pack(
         bounds.append(len(tokens))
     return PackedBatch(
         rows=rows,
-        tokens_S=torch.tensor(tokens, dtype=torch.long, device=device),
+        tokens_S=send(torch.tensor(tokens, dtype=torch.long), device),
         bounds=tuple(bounds),
-        index_T=torch.tensor(index, dtype=torch.long, device=device),
-        targets_T=torch.tensor(targets, dtype=torch.long, device=device),
+        starts=send(torch.tensor(bounds, dtype=torch.int32), device),
+        index_T=send(torch.tensor(index, dtype=torch.long), device),
+        targets_T=send(torch.tensor(targets, dtype=torch.long), device),
         offsets=tuple(offsets),
     )
+
+
+def send(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a CPU tensor to `device` without waiting for it: from pinned memory where that is a GPU."""
+    if torch.device(device).type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def unpack(values_T: torch.Tensor, batch: PackedBatch) -> dict[int, torch.Tensor]:

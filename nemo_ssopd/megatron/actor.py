@@ -7,10 +7,12 @@ vocabulary shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -27,16 +29,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_ssopd.algo.objective import AuxLoss, TokenInputs, TokenLoss
 from nemo_ssopd.config import Config, OptimizerConfig
-from nemo_ssopd.data.packing import micro_batches, pack, unpack
+from nemo_ssopd.data.packing import micro_batches, pack, send, unpack
 from nemo_ssopd.hf_config import HFModelConfig
 from nemo_ssopd.megatron.lora import adapters_disabled, adapters_enabled, add_lora
 from nemo_ssopd.megatron.model import build_model, hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import hf_weights, load_hf_weights
-from nemo_ssopd.metrics import Max, Metrics, Sum, merge
+from nemo_ssopd.metrics import Max, Metrics, Sum, fetch, merge
 from nemo_ssopd.ops.logprobs import linear_logprobs
-from nemo_ssopd.types import PackedBatch, TrainBatch
+from nemo_ssopd.types import PackedBatch, StepCounts, TrainBatch
 from nemo_ssopd.types import Sequence as TokenSequence
+
+MakeInputs: TypeAlias = Callable[..., TokenInputs]
+"""Completes what is known of a micro-batch's tokens by `logprobs_T` and `entropy_T`."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,12 @@ class MegatronGRPOActor:
 
         `loss/total` and the other sums in the metrics are this data-parallel rank's share.
         """
-        microbatches = list(self._packed(batch.sequences))
+        # All that the device needs from the host goes over before the first pass; metrics come back after the last.
+        microbatches = [(packed, self._known_inputs(packed, batch)) for packed in self._packed(batch.sequences)]
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        logs: list[Metrics] = self._forward_backward(
-            forward_step_func=partial(self._forward_step, batch=batch, token_loss=token_loss, aux=aux),
+        logs: list[list[Metrics]] = self._forward_backward(
+            forward_step_func=partial(self._forward_step, counts=batch.counts, token_loss=token_loss, aux=aux),
             data_iterator=iter(microbatches),
             model=[self._ddp],
             num_microbatches=len(microbatches),
@@ -133,7 +139,7 @@ class MegatronGRPOActor:
             forward_only=False,
         )
         # Every rank takes the same branch: the norm is over all of them, and so is the verdict on the loss.
-        metrics = merge(*logs)
+        metrics = merge(*fetch(chain.from_iterable(logs)))
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         usable = math.isfinite(grad_norm) and grad_norm <= self.grad_norm_limit
@@ -160,26 +166,29 @@ class MegatronGRPOActor:
 
     def _forward_step(
         self,
-        microbatches: Iterator[PackedBatch],
+        microbatches: Iterator[tuple[PackedBatch, MakeInputs]],
         model: torch.nn.Module,
         *,
-        batch: TrainBatch,
+        counts: StepCounts,
         token_loss: TokenLoss,
         aux: AuxLoss | None,
     ) -> tuple[torch.Tensor, partial]:
-        packed = next(microbatches)
+        packed, inputs = next(microbatches)
         hidden_SH = self._forward(packed, model)
-        return hidden_SH, partial(self._loss, packed=packed, batch=batch, token_loss=token_loss, aux=aux)
+        return hidden_SH, partial(
+            self._loss, packed=packed, inputs=inputs, counts=counts, token_loss=token_loss, aux=aux
+        )
 
     def _loss(
         self,
         hidden_SH: torch.Tensor,
         *,
         packed: PackedBatch,
-        batch: TrainBatch,
+        inputs: MakeInputs,
+        counts: StepCounts,
         token_loss: TokenLoss,
         aux: AuxLoss | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Metrics]]:
         """This micro-batch's share of the global loss: every sum divided by its own global count.
 
         This is the one place where scales are decided. What comes out only has to be added up over micro-batches
@@ -188,39 +197,39 @@ class MegatronGRPOActor:
         Megatron would then divide.
         """
         hidden_TH = hidden_SH.index_select(0, packed.index_T)
-        total, metrics = token_loss(self._token_inputs(hidden_TH, packed, batch))
-        loss = total / batch.counts.tokens
+        logprobs_T, entropy_T = self._logprobs(hidden_TH, packed)
+        total, metrics = token_loss(inputs(logprobs_T=logprobs_T, entropy_T=entropy_T))
+        loss, logs = total / counts.tokens, [metrics]
         if aux is not None:
             weight_WH = output_weight(self.model)
             for row, start in zip(packed.rows, packed.offsets, strict=False):
                 if positions := aux.positions(row):
                     aux_loss, aux_metrics = aux(row, hidden_TH[start : start + positions], weight_WH)
-                    loss = loss + aux_loss / batch.counts.prompts
-                    metrics = merge(metrics, aux_metrics)
-        metrics["loss/total"] = Sum(loss.item())
-        return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
+                    loss = loss + aux_loss / counts.prompts
+                    logs.append(aux_metrics)
+        logs.append({"loss/total": Sum(loss.detach())})
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), logs
 
-    def _token_inputs(self, hidden_TH: torch.Tensor, packed: PackedBatch, batch: TrainBatch) -> TokenInputs:
-        logprobs_T, entropy_T = self._logprobs(hidden_TH, packed)
+    def _known_inputs(self, packed: PackedBatch, batch: TrainBatch) -> MakeInputs:
+        """What is known of a micro-batch's tokens before its forward pass, on the device; each is sent once."""
+        device = self.runtime.device
 
-        def flat(values: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
-            return None if values is None else torch.cat([values[row].to(logprobs_T.device) for row in packed.rows])
+        def joined(values: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
+            if values is None:
+                return None
+            values_T = torch.cat([values[row] for row in packed.rows])
+            return send(values_T, device) if values_T.device.type == "cpu" else values_T
 
-        old_logprobs_T, scales = flat(batch.old_logprobs), batch.scales
-        return TokenInputs(
-            logprobs_T=logprobs_T,
-            old_logprobs_T=logprobs_T.detach() if old_logprobs_T is None else old_logprobs_T,
-            advantages_T=torch.tensor(
-                [weight for row in packed.rows for weight in batch.weights[row]], device=logprobs_T.device
-            ),
-            entropy_T=entropy_T,
-            reference_logprobs_T=flat(batch.reference_logprobs),
-            sampler_logprobs_T=flat(batch.sampler_logprobs),
-            scales_T=None
-            if scales is None
-            else torch.tensor(
-                [scales[row] for row in packed.rows for _ in batch.weights[row]], device=logprobs_T.device
-            ),
+        def repeated(values: Sequence[float]) -> torch.Tensor:
+            return send(torch.tensor([values[row] for row in packed.rows for _ in batch.weights[row]]), device)
+
+        return partial(
+            TokenInputs,
+            advantages_T=send(torch.tensor([w for row in packed.rows for w in batch.weights[row]]), device),
+            old_logprobs_T=joined(batch.old_logprobs),
+            reference_logprobs_T=joined(batch.reference_logprobs),
+            sampler_logprobs_T=joined(batch.sampler_logprobs),
+            scales_T=None if batch.scales is None else repeated(batch.scales),
         )
 
     # Weights out.
@@ -237,7 +246,7 @@ class MegatronGRPOActor:
             yield pack(sequences, rows, pad_id=self._pad_id, multiple=self._multiple, device=self.runtime.device)
 
     def _forward(self, packed: PackedBatch, model: torch.nn.Module | None = None) -> torch.Tensor:
-        return hidden_states(model or self.model, packed.tokens_S, packed.bounds)
+        return hidden_states(model or self.model, packed.tokens_S, packed.bounds, packed.starts)
 
     def _logprobs(self, hidden_TH: torch.Tensor, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         return linear_logprobs(

@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel from a Hugging Face config: local layers on CPU, Transformer Engine layers on CUDA.
+"""Megatron-Core's GPTModel from a Hugging Face config: Transformer Engine layers on CUDA, local layers without it.
 
     model = build_model(hf, config.model, config.parallel, runtime)     # weights still to be loaded
     hidden_SH = hidden_states(model, tokens_S, bounds=(0, 5, 12))       # two sequences end to end, apart in attention
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import (
+    HAVE_TE,
     TEColumnParallelLinear,
     TEDotProductAttention,
     TENorm,
@@ -51,7 +52,7 @@ def build_model(hf: HFModelConfig, model: ModelConfig, parallel: ParallelConfig,
     config = _transformer_config(hf, model, parallel, runtime)
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(hf, config, on_cuda=runtime.device.type == "cuda"),
+        transformer_layer_spec=_block_spec(hf, config, with_te=HAVE_TE and runtime.device.type == "cuda"),
         vocab_size=padded_vocab_size(hf, parallel.tensor),
         max_sequence_length=hf.max_position_embeddings,
         parallel_output=True,
@@ -65,12 +66,16 @@ def build_model(hf: HFModelConfig, model: ModelConfig, parallel: ParallelConfig,
     return gpt.to(runtime.device)
 
 
-def hidden_states(model: torch.nn.Module, tokens_S: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
+def hidden_states(
+    model: torch.nn.Module, tokens_S: torch.Tensor, bounds: tuple[int, ...], starts: torch.Tensor | None = None
+) -> torch.Tensor:
     """[S, H], final. Sequence b is tokens_S[bounds[b] : bounds[b + 1]]; positions and attention begin anew with each.
 
-    `model` is the GPTModel or Megatron's data-parallel wrapper of it.
+    `model` is the GPTModel or Megatron's data-parallel wrapper of it. `starts` is `bounds` on the device, int32, where
+    the caller has sent it before; sending it here waits for the device.
     """
-    starts = torch.tensor(bounds, dtype=torch.int32, device=tokens_S.device)
+    if starts is None:
+        starts = torch.tensor(bounds, dtype=torch.int32, device=tokens_S.device)
     longest = max(end - start for start, end in itertools.pairwise(bounds))
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
@@ -160,8 +165,8 @@ class _TEBackend(LocalSpecProvider):
         return TEDotProductAttention
 
 
-def _block_spec(hf: HFModelConfig, config: TransformerConfig, *, on_cuda: bool) -> TransformerBlockSubmodules:
-    backend, norm = (_TEBackend(), TENorm) if on_cuda else (_LocalBackend(), _TorchRMSNorm)
+def _block_spec(hf: HFModelConfig, config: TransformerConfig, *, with_te: bool) -> TransformerBlockSubmodules:
+    backend, norm = (_TEBackend(), TENorm) if with_te else (_LocalBackend(), _TorchRMSNorm)
     attention = SelfAttentionSubmodules(
         linear_qkv=backend.column_parallel_linear(),
         core_attention=backend.core_attention(),
@@ -210,7 +215,10 @@ def _transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        # Both exist on CUDA only, and rotate in float32. Without fusion, Megatron's rotary code reads the sequences'
+        # bounds on the host in every layer.
+        apply_rope_fusion=on_cuda and HAVE_TE,
+        bias_activation_fusion=on_cuda,
         masked_softmax_fusion=on_cuda,
         gradient_accumulation_fusion=on_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         tensor_model_parallel_size=parallel.tensor,

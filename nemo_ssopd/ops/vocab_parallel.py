@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -176,8 +177,22 @@ def output_layer(
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    shard = shard_columns(weight_WH.shape[0], vocab_size, group, weight_WH.device)
-    return OutputLayer(temperature, group, chunk_tokens, shard)
+    return OutputLayer(temperature, group, chunk_tokens, _shard_of(weight_WH, vocab_size, group))
+
+
+_SHARDS = WeakTensorKeyDictionary()
+
+
+def _shard_of(weight_WH: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> slice:
+    """`shard_columns` of a weight, exchanged once in its life: the exchange makes the host wait for the device.
+
+    All ranks hold a part of the same weight, so all of them exchange, or none does.
+    """
+    known = _SHARDS.setdefault(weight_WH, {})
+    key = (vocab_size, group, weight_WH.shape[0])
+    if key not in known:
+        known[key] = shard_columns(weight_WH.shape[0], vocab_size, group, weight_WH.device)
+    return known[key]
 
 
 def shard_columns(width: int, vocab_size: int | None, group: dist.ProcessGroup | None, device: torch.device) -> slice:
