@@ -59,7 +59,7 @@ install: $(INSTALLED)
 	$(PYTHON) -m venv --clear $*
 	awk -F== '{pins[$$1] = $$0} END {for (name in pins) print pins[name]}' $(filter requirements/%,$^) > $*/lock.txt
 	$*/bin/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r $*/lock.txt
-	$*/bin/python -m pip install --quiet $(PIP_FLAGS) -c $*/lock.txt torch
+	$*/bin/python -m pip install --quiet --no-warn-conflicts $(PIP_FLAGS) -c $*/lock.txt -c requirements/cuda.txt torch
 	$*/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
