@@ -17,9 +17,11 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
     && useradd --uid 10001 --create-home ssopd \
     && install --directory --owner ssopd --group ssopd --mode 1777 runs models
 
-# Caches of vLLM, Triton and Hugging Face go where any user may write, whatever --user says.
-ENV HOME=/tmp/home HF_HOME=/tmp/home/huggingface XDG_CACHE_HOME=/tmp/home/cache \
-    TRITON_CACHE_DIR=/tmp/home/triton PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# Caches of vLLM, torch, Triton and Hugging Face go where any user may write, whatever --user says. A uid that the image does
+# not know has no name, and torch 2.11's compiler asks for one.
+ENV USER=ssopd HOME=/tmp/home HF_HOME=/tmp/home/huggingface XDG_CACHE_HOME=/tmp/home/cache \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/home/inductor TRITON_CACHE_DIR=/tmp/home/triton \
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 
 ENTRYPOINT ["nemo-ssopd-train"]

@@ -1,17 +1,20 @@
 # make train    the whole stack in miniature on two CPU processes: train, evaluate, export, report
 # make test     formatting, lint, types and every test
+# make test-container   the tests of what touches Megatron-Core and vLLM, with the NeMo container's versions (Python 3.12)
+# make test-latest      the same with the newest versions (Python 3.12)
 # make test-slurm   the batch scripts on a real SLURM of one node, from Debian's packages (needs root)
 # make audit    known vulnerabilities of the locked packages
 # make warmstart    the demo model's initial weights, from nothing
 
 PYTHON ?= python3
+SUPPORTED := 3.11 3.12
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN ?= runs/$(firstword $(MAKECMDGOALS))-$(shell date +%Y%m%d-%H%M%S)
 RUN := $(RUN)
 
-.PHONY: train test test-slurm audit warmstart install lock clean
+.PHONY: train test test-container test-latest test-slurm audit warmstart install lock clean
 
 train: $(INSTALLED)
 	$(BIN)/python scripts/train_ssopd.py --config-name tiny_cpu run_dir=$(RUN)
@@ -23,6 +26,9 @@ test: $(INSTALLED)
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck -x scripts/slurm/* tests/slurm/*.sh tests/slurm/*.sbatch
 	$(BIN)/python -m pytest
+
+test-container test-latest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest tests/megatron tests/test_end_to_end.py
 
 test-slurm: $(INSTALLED)
 	tests/slurm/install.sh
@@ -40,11 +46,21 @@ warmstart: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# The lock file is complete, so pip resolves nothing. PIP_FLAGS can name another index: on some, torch 2.13.0 is a CUDA build.
-$(INSTALLED): requirements/cpu.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r requirements/cpu.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+.venv-%/.installed: PYTHON := python3.12
+.venv-%/.installed: SUPPORTED := 3.12
+.venv-container/.installed: requirements/container.txt
+.venv-latest/.installed: requirements/latest.txt
+
+# A later file's line for a package replaces an earlier one's, and the result is complete, so pip resolves nothing; but where
+# the index has torch as a CUDA build alone, torch then asks for that build's libraries.
+%/.installed: requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; v in "$(SUPPORTED)".split() or \
+	    sys.exit("$(PYTHON) is Python " + v + ", but $* needs " + " or ".join("$(SUPPORTED)".split()) + ": make $(MAKECMDGOALS) PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $*
+	awk -F== '{pins[$$1] = $$0} END {for (name in pins) print pins[name]}' $(filter requirements/%,$^) > $*/lock.txt
+	$*/bin/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r $*/lock.txt
+	$*/bin/python -m pip install --quiet --no-warn-conflicts $(PIP_FLAGS) -c $*/lock.txt -c requirements/cuda.txt torch
+	$*/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 lock:
@@ -52,4 +68,4 @@ lock:
 	    --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet | sed 's/+cpu$$//' > requirements/cpu.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit build *.egg-info
+	rm -rf $(VENV) $(VENV)-* build *.egg-info

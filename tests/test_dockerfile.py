@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -54,6 +56,16 @@ def test_the_image_runs_the_training_command_and_not_as_root() -> None:
     assert names.index("USER") > max(number for number, name in enumerate(names) if name in ("RUN", "COPY"))
     (user,) = arguments_of("USER")
     assert all(int(number) > 0 for number in user.split(":"))
+
+
+def test_any_user_has_a_name_and_may_write_the_caches() -> None:
+    environment = dict(pair.split("=", 1) for pair in " ".join(arguments_of("ENV")).split())
+    nameless = "import getpass, pwd; pwd.getpwuid = {}.__getitem__; print(getpass.getuser())"  # as for an unknown uid
+    name = subprocess.check_output([sys.executable, "-c", nameless], env=environment, text=True).strip()
+    assert f" {name} " in " ".join(arguments_of("RUN")), "the name of the image's own user"
+    caches = {variable: path for variable, path in environment.items() if variable.endswith(("HOME", "_DIR"))}
+    assert caches.keys() == {"HOME", "HF_HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    assert all(path.startswith("/tmp/home") for path in caches.values())
 
 
 def _normal(pin: str) -> str:
