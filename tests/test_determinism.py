@@ -46,6 +46,7 @@ def test_the_switches_of_torch_megatron_and_the_environment() -> None:
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "NCCL_ALGO": "^NVLS",
             "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+            "VLLM_DISABLE_COMPILE_CACHE": "1",
         },
         "torch": True,
         "raises": False,
