@@ -44,7 +44,7 @@ def test_the_switches_of_torch_megatron_and_the_environment() -> None:
         "environment": {
             "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-            "NCCL_ALGO": "^NVLS",
+            "NCCL_NVLS_ENABLE": "0",
             "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
             "VLLM_DISABLE_COMPILE_CACHE": "1",
         },
