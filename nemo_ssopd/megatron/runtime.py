@@ -59,8 +59,8 @@ DETERMINISTIC = {
     # Read when vLLM compiles: its cache does not know that kernels may no longer be chosen by their time.
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
-"""What trainer.deterministic sets in the environment, from the sources of Transformer Engine 2.16, vLLM 0.20.1 and torch
-2.13, and NCCL's documentation. None was tried: there was no GPU."""
+"""What trainer.deterministic sets in the environment, by the sources of Transformer Engine 2.16, vLLM 0.20.1 and torch
+2.13, and by NCCL's documentation. None was tried: there was no GPU."""
 
 
 @dataclass(frozen=True)
