@@ -196,6 +196,11 @@ class TrainerConfig:
     """Save and stop in time to end within this, from the start of the SLURM job or else of the run; 0 has no limit."""
     export: bool = True
     """Write a merged Hugging Face model to run_dir/hf at the end."""
+    profile_steps: list[int] = field(default_factory=list)
+    """Steps, counted from 1 as they are logged, whose torch profiler trace, and on CUDA the memory snapshot, goes to
+    run_dir/profile/. Every kernel of the rollouts is in it: choose a small rollout.max_new_tokens."""
+    deterministic: bool = False
+    """Repeat a run exactly on CUDA too, at a cost in speed (docs/reliability.md); without CUDA every run repeats."""
 
 
 @dataclass(frozen=True)
@@ -338,6 +343,16 @@ def _check_values(config: Config) -> None:
         "trainer.spike_factor evaluation.temperature trainer.max_logprob_mismatch trainer.time_budget_minutes",
     )
     _check_algorithm(config.algorithm, config.rollout)
+    for step in config.trainer.profile_steps:
+        require(
+            1 <= step <= config.trainer.max_steps,
+            f"trainer.profile_steps has {step}: give steps from 1 to trainer.max_steps={config.trainer.max_steps}",
+        )
+    require(
+        not config.trainer.deterministic or config.rollout.refit == "merged",
+        "trainer.deterministic=true with rollout.refit=adapter: on CUDA vLLM's LoRA kernel sums in the order in which "
+        "its threads come: use rollout.refit=merged",
+    )
     require(
         config.rollout.refit == "merged" or config.lora.enabled,
         "rollout.refit=adapter needs lora.enabled=true: without adapters use rollout.refit=merged",

@@ -329,6 +329,11 @@ def _engine(config: Config, hf: HFModelConfig, machine: Machine) -> Rows:
     return {"engine weights": weights, "engine workspace": workspace, "KV cache": cache}
 
 
+def engine_cache(config: Config, hf: HFModelConfig, machine: Machine) -> int:
+    """Bytes of the engine's KV cache."""
+    return int(_engine(config, hf, machine)["KV cache"])
+
+
 def _refit(config: Config, hf: HFModelConfig, machine: Machine) -> float:
     """The largest weight on its way: gathered over the tensor-parallel ranks (its shards, then joined), buffered by
     vLLM until its layer is complete, then copied into the engine's layout (on CPU, and packed). Merging is float32."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import psutil
+import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
@@ -52,6 +53,8 @@ from nemo_ssopd.metrics import (
     reduce_across_ranks,
 )
 from nemo_ssopd.model_card import model_card
+from nemo_ssopd.plan import GIB, Machine, engine_cache
+from nemo_ssopd.profiling import profiled
 from nemo_ssopd.report import print_summary, write_report
 from nemo_ssopd.rollout.collect import RolloutCollector, Sampling, request_seed
 from nemo_ssopd.rollout.engine import RolloutEngine
@@ -231,7 +234,9 @@ def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, budget: TimeBu
         trainer.watch.enter("begin", step + 1)
         saver.check()
         trainer.actor.grad_norm_limit = spike_limit(state.recent_norms, config.spike_factor)
-        metrics = reduce_over_data_parallel(trainer, take_step(trainer, step))
+        with profiled(trainer.config, trainer.runtime, trainer.watch, step=step + 1):
+            metrics = take_step(trainer, step)
+        metrics = reduce_over_data_parallel(trainer, metrics)
         state = state.after(metrics)
         metrics = merge(metrics, progress_metrics(metrics, state))
         is_last = state.step == last
@@ -339,12 +344,12 @@ def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trai
         data=data,
         order=PromptOrder(len(data.supervised if is_sft else data.train), config.trainer.seed),
         actor=MegatronGRPOActor(config, hf, runtime, pad_id=data.stop_token_ids[0]),
-        optional_collector=build_collector(config, data, runtime) if data.train or data.eval else None,
+        optional_collector=build_collector(config, hf, data, runtime) if data.train or data.eval else None,
         token_loss=sft_loss if is_sft else surrogate,
     )
 
 
-def build_collector(config: Config, data: RunData, runtime: Runtime) -> RolloutCollector:
+def build_collector(config: Config, hf: HFModelConfig, data: RunData, runtime: Runtime) -> RolloutCollector:
     """The engine of this rank, and on the first rank of a tensor-parallel group the verifier."""
     rollout, verifier = config.rollout, None
     if runtime.tp_rank == 0:
@@ -362,6 +367,7 @@ def build_collector(config: Config, data: RunData, runtime: Runtime) -> RolloutC
         seed=config.trainer.seed,
         trust_remote_code=config.model.trust_remote_code,
         lora_rank=config.lora.rank if rollout.refit == "adapter" else 0,
+        gpu_cache_bytes=fixed_cache(config, hf, runtime),
     )
     return RolloutCollector(
         engine,
@@ -371,6 +377,14 @@ def build_collector(config: Config, data: RunData, runtime: Runtime) -> RolloutC
         engine_tensor=engine_tensor(config),
         group=runtime.tp_cpu_group,
     )
+
+
+def fixed_cache(config: Config, hf: HFModelConfig, runtime: Runtime) -> int:
+    """Bytes of the engine's cache on CUDA, from the config and the size of the card; 0 lets vLLM take what is free."""
+    if not runtime.deterministic or runtime.device.type == "cpu":
+        return 0
+    _, total = torch.cuda.mem_get_info()
+    return engine_cache(config, hf, Machine(memory_gib=total / GIB))
 
 
 def longest_request(config: Config) -> int:
@@ -397,7 +411,7 @@ def train(config: Config) -> int:
     """A whole run on this rank; the exit code. An error ends the process, with one line from one of the ranks."""
     budget = TimeBudget(config.trainer.time_budget_minutes)
     data = load_data(config)
-    runtime = initialize(config.parallel, seed=config.trainer.seed)
+    runtime = initialize(config.parallel, seed=config.trainer.seed, deterministic=config.trainer.deterministic)
     with Watch(
         config.run_dir,
         runtime.rank,

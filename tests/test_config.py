@@ -140,6 +140,12 @@ def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
         (["data.teacher_template=hello"], ("data.teacher_template", "{problem}")),
         (["data.train=missing.jsonl"], ("data.train='missing.jsonl'", "does not exist")),
         (["run_dir=???"], ("run_dir", "not set")),
+        (["trainer.profile_steps=[3,0]"], ("trainer.profile_steps has 0", "from 1 to trainer.max_steps=40")),
+        (["trainer.profile_steps=[41]"], ("trainer.profile_steps has 41", "trainer.max_steps=40")),
+        (
+            ["trainer.deterministic=true", "rollout.refit=adapter"],
+            ("trainer.deterministic=true", "rollout.refit=merged"),
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(overrides: list[str], words: tuple[str, ...], tmp_path: Path) -> None:

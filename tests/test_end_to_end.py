@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import os
 import shutil
@@ -115,6 +117,36 @@ def test_an_interrupted_run_continues_bit_for_bit(run: Path, tmp_path: Path) -> 
         assert (resumed / "rollouts" / file.name).read_text() == file.read_text()
     for name, tensor in exported(run).items():
         assert torch.equal(exported(resumed)[name], tensor), name
+
+
+def test_a_profiled_and_deterministic_run_is_the_same_run(run: Path, tmp_path: Path) -> None:
+    """Both flags change no figure on CPU. The trace has the step's stages, one after the other, as long as its metrics
+    say, and the update's matmuls are in the update."""
+    options = ("trainer.max_steps=2", "trainer.profile_steps=[2]", "trainer.deterministic=true", "trainer.export=false")
+    result = train(tmp_path / "run", *options, "trainer.eval_at_ends=false")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    rows = metrics(tmp_path / "run")
+    assert list(map(repeatable, rows)) == list(map(repeatable, metrics(run)[1:3]))
+
+    folder = tmp_path / "run" / "profile"
+    names = [f"step_000002_rank_000{rank}.json.gz" for rank in (0, 1)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert f"in {folder}: trace {names[0]}, no memory snapshot: there is no CUDA" in result.stdout
+    stages = {"rollout", "verify", "score", "teacher", "update", "refit"}
+    longest = dict.fromkeys(stages, 0.0)
+    for name in names:
+        with gzip.open(folder / name, "rt") as file:
+            events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+        ranges = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") == "user_annotation")
+        ranges = [(start, end, stage) for start, end, stage in ranges if stage in stages]
+        assert [stage for _, _, stage in ranges] == ["rollout", "verify", "score", "teacher", "update", "refit"]
+        assert all(end <= start for (_, end, _), (start, _, _) in itertools.pairwise(ranges))
+        matmuls = [event["ts"] for event in events if event["name"] == "aten::addmm" or event["name"] == "aten::mm"]
+        start, end, _ = ranges[4]
+        assert sum(start <= at <= end for at in matmuls) > 20
+        for start, end, stage in ranges:
+            longest[stage] = max(longest[stage], (end - start) / 1e6)
+    assert longest == pytest.approx({stage: rows[1][f"time/{stage}"] for stage in stages}, rel=0.02, abs=0.02)
 
 
 def test_no_auxiliary_weight_is_grpo_bit_for_bit(tmp_path: Path) -> None:

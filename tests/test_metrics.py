@@ -123,6 +123,31 @@ def test_stage_timer_adds_up_and_counts_the_slowest_rank() -> None:
     assert merge({"time/step": Max(1.0)}, {"time/step": Max(4.0)})["time/step"].value() == 4.0
 
 
+def test_stages_on_cuda_are_nvtx_ranges_and_show_what_the_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for a card of 80 GiB, whose engine fell asleep between the stages."""
+    calls: list[str] = []
+    free_gib, peaks_gib = iter([20, 60]), iter([50, 55])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (next(free_gib) * 2**30, 80 * 2**30))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: next(peaks_gib) * 2**30)
+    monkeypatch.setattr("torch.cuda.nvtx.range_push", calls.append)
+    monkeypatch.setattr("torch.cuda.nvtx.range_pop", lambda: calls.append("pop"))
+    timer = StageTimer()
+    with timer.stage("rollout"):
+        pass
+    with pytest.raises(RuntimeError), timer.stage("update"):
+        raise RuntimeError
+    assert calls == ["reset", "rollout", "pop", "reset", "update", "pop"]
+    memory = {key: metric.value() for key, metric in timer.metrics().items() if key.startswith("memory/")}
+    assert memory == {
+        "memory/rollout_gib": 60,
+        "memory/rollout_torch_peak_gib": 50,
+        "memory/update_gib": 20,
+        "memory/update_torch_peak_gib": 55,
+    }
+
+
 def read_lines(path: Path) -> list[dict[str, float | None]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -228,6 +228,7 @@ def _transformer_config(
         use_cpu_initialization=not on_cuda,
         # The loss is a sum; what it is divided by is the objective's business, not Megatron's.
         calculate_per_token_loss=True,
+        deterministic_mode=runtime.deterministic,
         recompute_granularity="full" if model.recompute else None,
         recompute_method="uniform" if model.recompute else None,
         recompute_num_layers=1 if model.recompute else None,

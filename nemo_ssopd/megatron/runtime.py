@@ -48,6 +48,21 @@ _USED_PARTS = (
 )
 
 
+DETERMINISTIC = {
+    # Read when an attention layer is built: flash-attn and cuDNN then use their deterministic backward.
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    # Read with cuBLAS's first handle. torch warns of every matmul without it.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Read with NCCL's first communicator, and by vLLM for its all-reduce: no sums inside the switch.
+    "NCCL_NVLS_ENABLE": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    # Read when vLLM compiles: its cache does not know that kernels may no longer be chosen by their time.
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+}
+"""What trainer.deterministic sets in the environment, by the sources of Transformer Engine 2.16, vLLM 0.20.1 and torch
+2.13, and by NCCL's documentation. None was tried: there was no GPU."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process among the others.
@@ -72,6 +87,8 @@ class Runtime:
     """The world, over gloo: for Python objects and CPU tensors."""
     tp_cpu_group: dist.ProcessGroup
     """`tp_group`, over gloo."""
+    deterministic: bool
+    """Whether the same inputs must give the same bits on CUDA too."""
 
     @property
     def is_main(self) -> bool:
@@ -86,7 +103,7 @@ class Runtime:
         return torch.cat(shards, dim=dim)
 
 
-def initialize(parallel: ParallelConfig, *, seed: int) -> Runtime:
+def initialize(parallel: ParallelConfig, *, seed: int, deterministic: bool = False) -> Runtime:
     """Join the process group and build Megatron's groups; call it after importing whatever uses Megatron."""
     rank, world_size, local_rank = _launched_as()
     if world_size != parallel.world_size:
@@ -94,6 +111,8 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Runtime:
             f"parallel.world_size={parallel.world_size} but the launcher started {world_size} processes: "
             "make them equal"
         )
+    if deterministic:
+        _make_deterministic()
     on_cuda = torch.cuda.is_available()
     timeout = timedelta(minutes=parallel.timeout_minutes)
     if on_cuda:
@@ -126,7 +145,26 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Runtime:
         dp_group=parallel_state.get_data_parallel_group(),
         cpu_group=dist.new_group(backend="gloo", timeout=timeout),
         tp_cpu_group=_gloo_tp_group(parallel.tensor, world_size, timeout) if on_cuda else tp_group,
+        deterministic=deterministic,
     )
+
+
+def _make_deterministic() -> None:
+    """Choose deterministic algorithms in this process, before its first matmul, attention layer and communicator.
+
+    What a launcher put into the environment is overruled.
+
+    torch warns instead of raising, since vLLM's top-p sampler sums on CUDA in a way that torch calls nondeterministic.
+    This also keeps torch.compile, which vLLM uses, from choosing kernels by their measured time. Memory is not filled
+    as torch would then do: nothing here reads what it did not write. NGC images let float32 matmuls be TF32.
+
+    VLLM_BATCH_INVARIANT is left alone: it puts kernels without a backward in the place of torch's own operators, in
+    the whole process, so the trainer's too. Without it the engine repeats itself for equal batches in equal order.
+    """
+    os.environ.update(DETERMINISTIC)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("highest")
 
 
 def shutdown() -> None:

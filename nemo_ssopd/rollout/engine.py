@@ -51,11 +51,20 @@ class RolloutEngine:
         seed: int,
         trust_remote_code: bool = False,
         lora_rank: int = 0,
+        gpu_cache_bytes: int = 0,
     ) -> None:
-        """With `lora_rank`, the weights stay as `model_path` has them, and `load_adapter` brings what is added."""
+        """With `lora_rank`, the weights stay as `model_path` has them, and `load_adapter` brings what is added.
+
+        With `gpu_cache_bytes`, batches depend on the requests alone: the cache does not follow the memory that is free,
+        nor what is batched the clock.
+        """
         on_gpu = torch.cuda.is_available()
         memory: dict[str, Any] = (
-            {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
+            {
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "enable_sleep_mode": True,
+                "kv_cache_memory_bytes": gpu_cache_bytes or None,
+            }
             if on_gpu
             else {
                 "kv_cache_memory_bytes": int(cpu_cache_gib * 2**30),
@@ -79,6 +88,7 @@ class RolloutEngine:
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
+                async_scheduling=False if gpu_cache_bytes else None,
                 **memory,
                 **_lora_options(lora_rank),
             )
@@ -178,7 +188,7 @@ class RolloutEngine:
     def close(self) -> None:
         """Shut the engine down. vLLM then destroys every process group, the default one included."""
         if not self._on_gpu:
-            # vLLM 0.20 waits for an accelerator, and a CUDA build of torch then looks for a driver. Later ones do this too.
+            # vLLM 0.20 waits for an accelerator, and a CUDA build of torch then looks for a driver.
             torch.accelerator.synchronize = lambda *device: None  # type: ignore[assignment]
         self._llm.llm_engine.engine_core.shutdown()
 
