@@ -188,7 +188,7 @@ class RolloutEngine:
     def close(self) -> None:
         """Shut the engine down. vLLM then destroys every process group, the default one included."""
         if not self._on_gpu:
-            # vLLM 0.20 waits for an accelerator, and a CUDA build of torch then looks for a driver.
+            # vLLM 0.20 waits for an accelerator, and a CUDA build of torch looks for its driver; later ones do so too.
             torch.accelerator.synchronize = lambda *device: None  # type: ignore[assignment]
         self._llm.llm_engine.engine_core.shutdown()
 

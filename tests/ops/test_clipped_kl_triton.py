@@ -133,6 +133,6 @@ def test_compiles_for_h100_with_wide_loads_and_no_spills(name: str, dtype: str, 
     ).stdout
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     assert resources["STACK"] == 0 and resources["LOCAL"] == 0, usage
-    # 65536 registers hold 5 programs of 128 threads then: 40 KB of bf16 loads in flight on each multiprocessor, where
+    # 65536 registers hold 4 programs of 128 threads then: 32 KB of bf16 loads in flight on each multiprocessor, where
     # 3.35 TB/s over 132 of them at 600 ns of latency need 15 KB.
-    assert resources["REG"] <= 96, usage
+    assert resources["REG"] <= 128, usage  # triton 3.6 takes up to 114
