@@ -247,13 +247,14 @@ class _IndexUnpickler(pickle.Unpickler):
 class _CheckedLoad(TorchDistLoadShardedStrategy):
     """Megatron's loader, after a look at the files."""
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> dict[str, Any]:
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str, *more: Any) -> dict[str, Any]:
+        """`more`: from 0.17 on, Megatron-Core passes one argument that 0.16 does not have."""
         index = read_index(Path(checkpoint_dir))
         for tensor in nested_values(sharded_state_dict):
             assert isinstance(tensor, ShardedTensor)
             _saved_tensor(index, tensor.key, checkpoint_dir)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about torch's names for itself
-            return cast(dict[str, Any], super().load(sharded_state_dict, checkpoint_dir))
+            return cast(dict[str, Any], super().load(sharded_state_dict, checkpoint_dir, *more))
 
 
 def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,20 +1,20 @@
 """Record the signatures that we depend on from a released wheel into signatures.json.
 
     python -m tests.contracts.record vllm 0.33.0      # pip downloads the wheel (330 MB), which is then removed
-    python -m tests.contracts.record megatron-core 0.18.0 --wheel megatron_core-0.18.0-....whl
+    python -m tests.contracts.record megatron-core    # all its recorded versions again
 
 To support another version of a package: run the first line, run `pytest tests/contracts`, fix what no longer binds, and
-move the range in pyproject.toml. When our code begins to use something that was not recorded, the test names it: run
-the script once for every recorded version. A version that is no longer supported: `--remove`.
+move the range in pyproject.toml. When our code begins to use something that was not recorded, the test names it and the
+second line adds it. `--remove` forgets a version that is no longer supported.
 
 The sources in the wheel are parsed, never imported. A name's entry is one text, or a text per group of versions:
 
-    "(config, hidden_size, eps=...)"    what a function, a method without `self`, or a constructor takes
+    "(config, hidden_size, eps=)"       what a function, a method without `self`, or a constructor takes
     "attribute", "module"               exists, and is not called
     "outside: torch.nn.Module"          not in the package, but it may be inherited from there
     "a subclass of enum.Enum"           exists, and its constructor is inherited from there
     "absent"
-    "(_, _, config=_) (_, **_)"         for `MODULE -> CALLEE`: how the package itself calls something, in all places
+    "(_, _, config=_) (_, **_)"         for `MODULE -> CALLEE`: how the package itself calls something, in every place
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.contracts.ours import PACKAGES, call_shape, callbacks, wanted_names
+from tests.contracts.ours import call_shape, callbacks, wanted_names
+from tests.contracts.tables import PACKAGES
 
 SIGNATURES = Path(__file__).with_name("signatures.json")
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64", "any")
@@ -209,9 +211,9 @@ class Sources:
             return f"a subclass of {outside.path}" if isinstance(outside, Outside) else "()"
         ordered = [name for name, (_, keyword) in fields.items() if not keyword]
         by_keyword = [name for name, (_, keyword) in fields.items() if keyword]
-        parts = [f"{name}{'' if fields[name][0] else '=...'}" for name in ordered]
+        parts = [f"{name}{'' if fields[name][0] else '='}" for name in ordered]
         parts += ["*"] * bool(by_keyword)
-        parts += [f"{name}{'' if fields[name][0] else '=...'}" for name in by_keyword]
+        parts += [f"{name}{'' if fields[name][0] else '='}" for name in by_keyword]
         return f"({', '.join(parts)})"
 
     def _has_fields(self, owner: Found, constructor: Found) -> bool:
@@ -229,7 +231,7 @@ class Sources:
         if decorator is None and not is_struct and not any(inherited):
             return None
         fields = {name: field for each in reversed(inherited) for name, field in (each or {}).items()}
-        keyword = _keyword(decorator, "kw_only") or any(_keyword(owner.node, "kw_only") for _ in [0])
+        keyword = _keyword(decorator, "kw_only") or _keyword(owner.node, "kw_only")
         if decorator is None and not is_struct and not any(self._is_struct(base) for base in bases):
             return fields  # an undecorated subclass of a dataclass adds no field
         for node in owner.node.body:
@@ -297,11 +299,11 @@ def _has_default(value: ast.expr | None) -> bool:
 
 
 def _signature(node: Function, *, drop_first: bool) -> str:
-    """As in the source, without annotations and with `...` for every default."""
+    """As in the source, without annotations and with nothing for every default."""
     arguments = node.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     first_default = len(positional) - len(arguments.defaults)
-    parts = [name if i < first_default else f"{name}=..." for i, name in enumerate(positional)]
+    parts = [name if i < first_default else f"{name}=" for i, name in enumerate(positional)]
     if arguments.posonlyargs:
         parts.insert(len(arguments.posonlyargs), "/")
     parts = parts[drop_first:]
@@ -310,7 +312,7 @@ def _signature(node: Function, *, drop_first: bool) -> str:
     elif arguments.kwonlyargs:
         parts.append("*")
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        parts.append(argument.arg if default is None else f"{argument.arg}=...")
+        parts.append(argument.arg if default is None else f"{argument.arg}=")
     if arguments.kwarg:
         parts.append(f"**{arguments.kwarg.arg}")
     return f"({', '.join(parts)})"
@@ -331,35 +333,37 @@ def _without_wrapper(call: ast.Call, callees: tuple[str, ...]) -> tuple[list[ast
 
 def read_signatures() -> Table:
     """{package: {version: {name: text}}}"""
-    stored = json.loads(SIGNATURES.read_text()) if SIGNATURES.is_file() else {}
+    stored = json.loads(SIGNATURES.read_text())
     return {
         package: {
-            version: {name: _of_version(entry, version) for name, entry in about["names"].items()}
-            for version in about["versions"]
+            version: {name: of_version(entry, version) for name, entry in about["names"].items()}
+            for version in about["versions"].split()
         }
         for package, about in stored.items()
     }
 
 
-def _of_version(entry: str | dict[str, list[str]], version: str) -> str:
+def of_version(entry: str | dict[str, str], version: str) -> str:
+    """The text that an entry of the file has for a version."""
     if isinstance(entry, str):
         return entry
-    return next((text for text, versions in entry.items() if version in versions), "not recorded")
+    return next((text for text, versions in entry.items() if version in versions.split()), "not recorded")
 
 
 def write_signatures(table: Table) -> None:
-    """A text where all versions agree, otherwise a list of versions for each text."""
+    """A text where all versions agree, otherwise the versions of each text."""
     stored: dict[str, dict[str, object]] = {}
     for package, versions in sorted(table.items()):
-        ordered = sorted(versions, key=lambda version: [int(part) for part in version.split(".")])
+        ordered = sorted(versions, key=lambda version: [int(part) for part in re.findall(r"\d+", version)])
         names: dict[str, object] = {}
         for name in sorted({name for entries in versions.values() for name in entries}):
             texts: dict[str, list[str]] = {}
             for version in ordered:
-                texts.setdefault(versions[version].get(name, "not recorded"), []).append(version)
-            texts.pop("not recorded", None)
-            names[name] = next(iter(texts)) if [*texts.values()] == [ordered] else texts
-        stored[package] = {"versions": ordered, "names": names}
+                if name in versions[version] and versions[version][name] != "not recorded":
+                    texts.setdefault(versions[version][name], []).append(version)
+            by_text = {text: " ".join(of) for text, of in texts.items()}
+            names[name] = next(iter(texts)) if [*texts.values()] == [ordered] else by_text
+        stored[package] = {"versions": " ".join(ordered), "names": names}
     SIGNATURES.write_text(json.dumps(stored, indent=1) + "\n")
 
 
@@ -379,22 +383,22 @@ def _download(package: str, version: str, folder: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Record the signatures that we depend on from a released wheel.")
+    parser = argparse.ArgumentParser(description="Record the signatures that we depend on from released wheels.")
     parser.add_argument("package", choices=PACKAGES)
-    parser.add_argument("version")
-    parser.add_argument("--wheel", type=Path, help="a file that is there already")
-    parser.add_argument("--remove", action="store_true", help="forget this version")
+    parser.add_argument("versions", nargs="*", help="default: all that were recorded")
+    parser.add_argument("--wheels", type=Path, help="a folder with PACKAGE-VERSION.whl, instead of a download")
+    parser.add_argument("--remove", action="store_true", help="forget these versions")
     arguments = parser.parse_args()
     table = read_signatures()
-    versions = table.setdefault(arguments.package, {})
-    if arguments.remove:
-        del versions[arguments.version]
-    elif arguments.wheel:
-        versions[arguments.version] = record(arguments.package, arguments.wheel)
-    else:
+    recorded = table.setdefault(arguments.package, {})
+    for version in arguments.versions or list(recorded):
+        recorded.pop(version, None)
+        if arguments.remove:
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            wheel = _download(arguments.package, arguments.version, folder)
-            versions[arguments.version] = record(arguments.package, wheel)
+            here = arguments.wheels and arguments.wheels / f"{arguments.package}-{version}.whl"
+            recorded[version] = record(arguments.package, here or _download(arguments.package, version, folder))
+        write_signatures(table)
     write_signatures(table)
 
 
