@@ -486,6 +486,13 @@ def unread_types() -> list[str]:
     return sorted(set(TYPES) - _read_types)
 
 
+def find(name: str, source: str) -> _Finder:
+    """The uses and problems of one module's source."""
+    finder = _Finder(_module(_Module(name, name, ast.parse(source))), {})
+    finder.visit(finder.module.tree)
+    return finder
+
+
 @cache
 def uses() -> tuple[Use, ...]:
     """Every place where our code needs a name of a package."""

@@ -81,8 +81,10 @@ def bind(signature: inspect.Signature, shape: str, bound: tuple[str, ...] = ()) 
 def misfit(package: str, version: str, name: str, shape: str | None) -> str | None:
     """Why a use of a name fails, or None."""
     text = entry(package, version, name)
-    if text in ("absent", "not recorded") or text.startswith("outside:"):
-        return text
+    if text == "not recorded":
+        return f"was not recorded: python -m tests.contracts.record {package}"
+    if text == "absent" or text.startswith("outside:"):
+        return f"is {text}"
     if shape is None or text == "outside":
         return None
     if not text.startswith("("):
@@ -122,14 +124,19 @@ def narrowed(base: inspect.Signature, override: inspect.Signature) -> str | None
 
 
 def _fail_if(failures: list[str]) -> None:
-    assert not failures, "\n" + "\n".join(dict.fromkeys(failures))
+    if failures:
+        pytest.fail("\n".join(dict.fromkeys(failures)), pytrace=False)
 
 
 @pytest.mark.parametrize(("package", "version"), VERSIONS)
 def test_our_calls_bind(package: str, version: str) -> None:
     uses = [use for use in ours.uses() if ours.is_under(use.name, PACKAGES[package])]
-    found = [(use, misfit(package, version, use.name, use.shape)) for use in uses]
-    _fail_if([f"{use.place}: {use.name}{use.shape or ''} of {package} {version}: {why}" for use, why in found if why])
+    failures = []
+    for use in uses:
+        if why := misfit(package, version, use.name, use.shape):
+            called = f", called with {use.shape}" if use.shape else ""
+            failures.append(f"{use.place}: {use.name} of {package} {version} {why}{called}")
+    _fail_if(failures)
 
 
 @pytest.mark.parametrize(("package", "version"), VERSIONS)
@@ -157,7 +164,7 @@ def test_their_calls_bind(package: str, version: str) -> None:
             problems = [bind(where, shape, _bound(target)) for shape in shapes]
             if all(problems) if callback.some else any(problems):
                 why = next(filter(None, problems))
-                failures.append(f"{target}{where}: {why}: {package} {version} calls {callback.key}{recorded}")
+                failures.append(f"{target}{where} {why}: {package} {version} calls {callback.key}{recorded}")
     _fail_if(failures)
 
 
@@ -260,6 +267,34 @@ def test_bind(signature: str, shape: str, why: str | None) -> None:
 def test_narrowed(base: str, override: str, why: str | None) -> None:
     found = narrowed(parse(base), parse(override))
     assert found is None if why is None else why in (found or "")
+
+
+def test_the_finder_follows_objects() -> None:
+    """An attribute of a known class is a use; what is of no known type, and is used further, is a problem."""
+    source = """
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig as Config
+
+def f(model: GPTModel | None, **more):
+    options = {"a": 1} if model else {"b": 2}
+    config = Config(1, num_layers=2, **options)
+    config.no_sync_func = model.decoder.layers
+    for layer in model.decoder.layers:
+        layer.mlp.linear_fc1.bias.zero_()
+    model.rotary_pos_emb.inv_freq.to("cpu")
+    return model(config, **more)
+"""
+    found = ours.find("nemo_ssopd.example", source)
+    used = {(use.name.removeprefix("megatron.core."), use.shape) for use in found.uses}
+    assert used >= {
+        ("transformer.TransformerConfig", "(_, a=_, b=_, num_layers=_)"),
+        ("transformer.TransformerConfig.no_sync_func", None),
+        ("transformer.transformer_layer.TransformerLayer.mlp", None),
+        ("tensor_parallel.ColumnParallelLinear.bias", None),
+        ("models.gpt.GPTModel.forward", "(_, **_)"),
+    }
+    (problem,) = found.problems
+    assert "what is megatron.core.models.gpt.GPTModel.rotary_pos_emb?" in problem
 
 
 def test_entries_per_version() -> None:
