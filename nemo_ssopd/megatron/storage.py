@@ -248,7 +248,7 @@ class _CheckedLoad(TorchDistLoadShardedStrategy):
     """Megatron's loader, after a look at the files."""
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str, *strategy: str) -> dict[str, Any]:
-        """Fill `sharded_state_dict`. megatron-core 0.18 adds the name of a strategy of asynchronous saving."""
+        """Fill `sharded_state_dict`. From 0.17 on, megatron-core adds the name of a strategy of asynchronous saving."""
         index = read_index(Path(checkpoint_dir))
         for tensor in nested_values(sharded_state_dict):
             assert isinstance(tensor, ShardedTensor)

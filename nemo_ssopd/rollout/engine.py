@@ -28,7 +28,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM 0.20 to 0.32
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM 0.20 to 0.33
 
 
 class RolloutEngine:
