@@ -25,6 +25,7 @@ _PACKAGE = Path(__file__).parent
 CONF = next(folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if folder.is_dir())
 
 MAX_ENGINE_RANK = 512
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ModelConfig:
     path: str = MISSING
     """A Hugging Face directory (config.json, safetensors, tokenizer) of a dense Qwen3, Qwen2 or Llama."""
     dtype: str = "bfloat16"
-    """Parameters and activations: bfloat16 or float32. Gradients and optimizer state are float32 always."""
+    """Parameters and activations: bfloat16, float16 (whose loss is scaled) or float32. Gradients and optimizer state
+    are float32 always."""
     recompute: bool = True
     """Recompute each layer's activations in the backward instead of keeping them."""
     trust_remote_code: bool = False
@@ -190,8 +192,9 @@ class TrainerConfig:
     """Stop after this many skipped steps in a row: a loss or gradient that is not finite, or a spike."""
     spike_factor: float = 10.0
     """Skip a step whose gradient norm is over this many times the largest of the last 16; 0 switches it off (ours)."""
-    max_logprob_mismatch: float = 0.1
-    """Stop when engine and trainer differ by more, on average over a step's tokens; 0 switches it off (ours)."""
+    max_logprob_mismatch: float | None = None
+    """Stop when engine and trainer differ by more, on average over a step's tokens; 0 switches it off. Null takes
+    MISMATCH_BOUNDS (ours)."""
     time_budget_minutes: float = 0.0
     """Save and stop in time to end within this, from the start of the SLURM job or else of the run; 0 has no limit."""
     export: bool = True
@@ -283,6 +286,25 @@ def engine_tensor(config: Config) -> int:
     return config.rollout.tensor or config.parallel.tensor
 
 
+IMPORTANCE_CAPS = {"float32": 0.0, "bfloat16": 2.0, "float16": 2.0}
+"""algorithm.importance_cap where it is null, by model.dtype. In float32 engine and trainer agree."""
+
+MISMATCH_BOUNDS = {"float32": 0.1, "bfloat16": 0.3, "float16": 0.1}
+"""trainer.max_logprob_mismatch where it is null, by model.dtype."""
+
+
+def importance_cap(config: Config) -> float:
+    """Cap of the importance weights of the surrogate; 0 for no weights."""
+    cap = config.algorithm.importance_cap
+    return IMPORTANCE_CAPS[config.model.dtype] if cap is None else cap
+
+
+def max_logprob_mismatch(config: Config) -> float:
+    """Mean difference of engine and trainer that stops the run, in nats; 0 for none."""
+    bound = config.trainer.max_logprob_mismatch
+    return MISMATCH_BOUNDS[config.model.dtype] if bound is None else bound
+
+
 def context_length(config: Config) -> int:
     """Longest sequence of the student, in tokens: prompt and completion of training."""
     return config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
@@ -317,7 +339,8 @@ def check_ranges(
     for name in positive.split():
         require(_get(config, name) > 0, f"{name}={_get(config, name)}: give a value above 0")
     for name in not_negative.split():
-        require(_get(config, name) >= 0, f"{name}={_get(config, name)}: give 0 or more")
+        value = _get(config, name)
+        require(value is None or value >= 0, f"{name}={value}: give 0 or more")
 
 
 def _check_values(config: Config) -> None:
@@ -325,7 +348,7 @@ def _check_values(config: Config) -> None:
     check_ranges(
         config,
         choices={
-            "model.dtype": ("bfloat16", "float32"),
+            "model.dtype": DTYPES,
             "rollout.refit": ("merged", "adapter"),
             **{f"algorithm.{name}": allowed for name, allowed in CHOICES.items()},
         },

@@ -69,9 +69,10 @@ class AlgorithmConfig:
     normalization: str = "token"
     """What the loss averages over. token: the batch's tokens (paper eq. 2; DAPO); sequence: each completion's tokens,
     then completions (GRPO, arXiv 2402.03300); constant: rollout.max_new_tokens, then completions (Dr. GRPO)."""
-    importance_cap: float = 0.0
+    importance_cap: float | None = None
     """Above 0, weigh tokens by min(pi_old / pi_sampler, importance_cap) (truncated importance sampling: Yao et al.
-    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"); 0 is off."""
+    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", there 2); 0 is off. Null takes
+    IMPORTANCE_CAPS of config.py: off in float32, 2 in bfloat16 and float16 (ours)."""
     refills: int = 0
     """How often a step may sample other prompts in the place of its uniform groups, which it drops (dynamic sampling of
     DAPO); what is still missing then is filled with uniform groups. 0 keeps every group."""

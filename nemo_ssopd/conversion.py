@@ -31,7 +31,9 @@ def import_main() -> None:
     parser = argparse.ArgumentParser(description="Write a Hugging Face model as a distributed checkpoint.")
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--output", required=True, type=Path, help="folder for iter_0000000 and its tracker")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="type of the weights; by default as they are")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="type of the weights; by default as they are"
+    )
     _run("import", parser.parse_args())
 
 

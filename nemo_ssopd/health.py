@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_ssopd import signals
-from nemo_ssopd.config import TrainerConfig
+from nemo_ssopd.config import Config, max_logprob_mismatch
 
 INTERVAL_S = 5.0
 """Between two heartbeats."""
@@ -345,18 +345,19 @@ def spike_limit(recent_norms: Sequence[float], factor: float) -> float:
     return factor * max(recent_norms) if factor and len(recent_norms) == RECENT_STEPS else float("inf")
 
 
-def check_health(metrics: Mapping[str, Any], config: TrainerConfig, *, step: int, skipped_in_a_row: int) -> None:
+def check_health(metrics: Mapping[str, Any], config: Config, *, step: int, skipped_in_a_row: int) -> None:
     """UnhealthyRun when training on would be in vain. Metrics are those of all ranks, so that all agree."""
-    if skipped_in_a_row >= config.max_skipped_steps:
+    trainer, bound = config.trainer, max_logprob_mismatch(config)
+    if skipped_in_a_row >= trainer.max_skipped_steps:
         raise UnhealthyRun(
             f"the last {skipped_in_a_row} steps, up to {step}, were skipped: loss or gradient were not finite, or the "
-            f"gradient norm was over trainer.spike_factor={config.spike_factor:g} times the largest recent one. Lower "
+            f"gradient norm was over trainer.spike_factor={trainer.spike_factor:g} times the largest recent one. Lower "
             f"optimizer.lr, or look at the rollouts; checkpoints of good steps are kept"
         )
     mismatch = metrics["rollout/logprob_mismatch"].value() if "rollout/logprob_mismatch" in metrics else 0.0
-    if config.max_logprob_mismatch and mismatch > config.max_logprob_mismatch:
+    if bound and mismatch > bound:
         raise UnhealthyRun(
             f"rollout/logprob_mismatch={mismatch:.2e} at step {step} is over trainer.max_logprob_mismatch="
-            f"{config.max_logprob_mismatch:g}: engine and trainer disagree on the same tokens, as they do when a refit "
+            f"{bound:g}: engine and trainer disagree on the same tokens, as they do when a refit "
             f"went wrong or their precision differs. Step {step} was not saved; raise the bound if this is expected"
         )

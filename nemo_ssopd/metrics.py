@@ -98,7 +98,27 @@ class Min:
         return float(self.x)
 
 
-Metric: TypeAlias = Sum | Mean | Max | Min
+@dataclass(frozen=True)
+class EffectiveShare:
+    """(sum w)^2 / (n sum w^2) of n importance weights: the effective sample size as a share of n, 1 for equal weights
+    (Kong 1992, "A Note on Importance Sampling using Standardized Weights"). Without any it is NaN.
+
+    >>> EffectiveShare(1.0, 1.0, 1).join(EffectiveShare(2.0, 4.0, 1)).value()  # weights 1 and 2
+    0.9
+    """
+
+    weights: Number
+    squares: Number
+    count: Number
+
+    def join(self, other: EffectiveShare) -> EffectiveShare:
+        return EffectiveShare(self.weights + other.weights, self.squares + other.squares, self.count + other.count)
+
+    def value(self) -> float:
+        return float(self.weights**2 / (self.count * self.squares)) if self.count else math.nan
+
+
+Metric: TypeAlias = Sum | Mean | Max | Min | EffectiveShare
 Metrics: TypeAlias = dict[str, Metric]
 
 

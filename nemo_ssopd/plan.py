@@ -24,7 +24,7 @@ from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 
 SHAPES = Path(__file__).parents[1] / "assets" / "model_shapes"
 GIB = 2**30
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 Rows = dict[str, float]
 """Bytes by what holds them."""
@@ -292,8 +292,8 @@ def _data_parallel(config: Config) -> int:
 
 
 def _static(config: Config, hf: HFModelConfig, machine: Machine) -> Rows:
-    """What stays for the whole run: weights, fp32 gradients, and Adam's two fp32 moments with, for bfloat16, the fp32
-    weights, which the distributed optimizer splits over the data-parallel ranks (ZeRO, Rajbhandari et al. 2020)."""
+    """What stays for the whole run: weights, fp32 gradients, and Adam's two fp32 moments with, unless in float32,
+    fp32 weights that the distributed optimizer splits over the data-parallel ranks (ZeRO, Rajbhandari et al. 2020)."""
     width, tensor = DTYPE_BYTES[config.model.dtype], config.parallel.tensor
     base = parameters(hf, tensor)
     added = adapters(hf, tensor, config.lora.rank) if config.lora.enabled else 0

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from nemo_ssopd.algo.objective import TokenLoss, grpo_loss, sft_loss
 from nemo_ssopd.batches import distillation, global_counts, make_batches
-from nemo_ssopd.config import Config, EvaluationConfig, engine_tensor
+from nemo_ssopd.config import Config, EvaluationConfig, engine_tensor, importance_cap
 from nemo_ssopd.data.loading import RunData, load_data
 from nemo_ssopd.data.prompts import PromptOrder
 from nemo_ssopd.data.templates import render_sft
@@ -243,7 +243,7 @@ def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, budget: TimeBu
         if is_last and config.eval_at_ends or config.eval_every and state.step % config.eval_every == 0:
             metrics = merge(metrics, evaluate_policy(trainer, step=state.step))
         logger.log(state.step, metrics)
-        check_health(metrics, config, step=state.step, skipped_in_a_row=state.skipped_in_a_row)
+        check_health(metrics, trainer.config, step=state.step, skipped_in_a_row=state.skipped_in_a_row)
         score = metrics["eval/avg_at_n"].value() if "eval/avg_at_n" in metrics else None
         if is_last or config.save_every and state.step % config.save_every == 0 or saver.is_best(score):
             trainer.watch.enter("save")
@@ -334,7 +334,7 @@ def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trai
         reference_kl=algorithm.reference_kl,
         penalty=algorithm.reference_penalty,
         dual_clip=algorithm.dual_clip,
-        importance_cap=algorithm.importance_cap,
+        importance_cap=importance_cap(config),
     )
     return Trainer(
         config=config,

@@ -11,7 +11,17 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ssopd.config import Config, from_hydra
+from nemo_ssopd.config import (
+    DTYPES,
+    MISMATCH_BOUNDS,
+    AlgorithmConfig,
+    Config,
+    ModelConfig,
+    TrainerConfig,
+    from_hydra,
+    importance_cap,
+    max_logprob_mismatch,
+)
 
 CONF = Path(__file__).parents[1] / "conf"
 RUNS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -178,3 +188,15 @@ def test_configs_are_frozen(tmp_path: Path) -> None:
     assert replace(config, run_dir="other").run_dir == "other"
     with pytest.raises(AttributeError):
         config.run_dir = "other"  # type: ignore[misc]
+
+
+def test_importance_weights_and_the_mismatch_bound_follow_the_type_of_the_weights() -> None:
+    caps, bounds = {}, {}
+    for dtype in DTYPES:
+        config = Config(model=ModelConfig(dtype=dtype))
+        caps[dtype], bounds[dtype] = importance_cap(config), max_logprob_mismatch(config)
+        trainer = TrainerConfig(max_logprob_mismatch=0.0)
+        given = replace(config, algorithm=AlgorithmConfig(importance_cap=0.0), trainer=trainer)
+        assert (importance_cap(given), max_logprob_mismatch(given)) == (0.0, 0.0)
+    assert caps == {"bfloat16": 2.0, "float16": 2.0, "float32": 0.0}
+    assert bounds == MISMATCH_BOUNDS

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nemo_ssopd.metrics import (
     ConsoleSink,
+    EffectiveShare,
     JsonlSink,
     Logger,
     Max,
@@ -52,6 +53,7 @@ def test_every_split_of_a_batch_gives_the_same_metrics() -> None:
         return {
             "loss/total": Mean(sum(part), len(part)),
             "rollout/tokens": Sum(sum(part)),
+            "rollout/effective_sample_size": EffectiveShare(sum(part), sum(x * x for x in part), len(part)),
             "memory/most": Max(max(part, default=-math.inf)),
             "memory/least": Min(min(part, default=math.inf)),
         }

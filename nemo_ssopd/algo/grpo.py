@@ -40,13 +40,9 @@ def clipped_surrogate(
     return torch.where(advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)
 
 
-def truncated_importance(old_logprobs_T: torch.Tensor, sampler_logprobs_T: torch.Tensor, *, cap: float) -> torch.Tensor:
-    """min(pi_old / pi_sampler, cap) at the sampled token, a constant factor of the surrogate. Returns [T].
-
-    It corrects for an engine that samples from a slightly other policy than the trainer computes (truncated importance
-    sampling: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
-    """
-    return torch.exp(old_logprobs_T - sampler_logprobs_T).clamp(max=cap).detach()
+def importance(old_logprobs_T: torch.Tensor, sampler_logprobs_T: torch.Tensor) -> torch.Tensor:
+    """pi_old / pi_sampler at the sampled token: by how much the engine samples it too rarely. Detached; returns [T]."""
+    return torch.exp(old_logprobs_T - sampler_logprobs_T).detach()
 
 
 def token_scales(

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from nemo_ssopd.algo.grpo import PENALTIES, clipped_surrogate, ratio_stats, truncated_importance
-from nemo_ssopd.metrics import Max, Mean, Metrics, Sum
+from nemo_ssopd.algo.grpo import PENALTIES, clipped_surrogate, importance, ratio_stats
+from nemo_ssopd.metrics import EffectiveShare, Max, Mean, Metrics, Sum
 from nemo_ssopd.ops.clipped_kl import ClippedKLStats, linear_clipped_kl_with_stats
 from nemo_ssopd.ops.divergences import Divergence, linear_divergence
 
@@ -57,7 +57,8 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, Metrics]:
     """Sum over T of the clipped surrogate plus reference_kl times the penalty (paper eq. 2); to be minimised.
 
-    With an `importance_cap` above 0 the surrogate is weighted by `truncated_importance`.
+    With an `importance_cap` above 0 the surrogate is weighted by `importance`, truncated there (truncated importance
+    sampling: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
     """
     tokens = inputs.logprobs_T.numel()
     old_logprobs_T = inputs.logprobs_T.detach() if inputs.old_logprobs_T is None else inputs.old_logprobs_T
@@ -72,8 +73,11 @@ def grpo_loss(
         difference_T = (old_logprobs_T - inputs.sampler_logprobs_T).abs()
         metrics["rollout/logprob_mismatch"] = Mean(difference_T.sum(), tokens)
         metrics["rollout/logprob_mismatch_max"] = Max(difference_T.max())
+        ratio_T = importance(old_logprobs_T, inputs.sampler_logprobs_T)
+        exact_T = ratio_T.double()
+        metrics["rollout/effective_sample_size"] = EffectiveShare(exact_T.sum(), exact_T.square().sum(), tokens)
         if importance_cap > 0:
-            importance_T = truncated_importance(old_logprobs_T, inputs.sampler_logprobs_T, cap=importance_cap)
+            importance_T = ratio_T.clamp(max=importance_cap)
             surrogate_T = surrogate_T * importance_T
             metrics["loss/importance"] = Mean(importance_T.sum(), tokens)
     surrogate = _scaled_sum(surrogate_T, inputs.scales_T)

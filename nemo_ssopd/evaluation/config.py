@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from nemo_ssopd.config import (
+    DTYPES,
     DataConfig,
     EvaluationConfig,
     ParallelConfig,
@@ -149,7 +150,7 @@ def validate(config: EvalConfig) -> None:
     """Every check that needs nothing but the config, the models' config.json and the names of the sets' files."""
     check_ranges(
         config,
-        choices={"engine.dtype": ("bfloat16", "float32")},
+        choices={"engine.dtype": DTYPES},
         at_least_one="evaluation.samples evaluation.max_new_tokens engine.max_prompt_tokens engine.max_sequences "
         "parallel.tensor parallel.threads verifier.workers",
         positive="verifier.timeout_s verifier.memory_gb engine.cpu_cache_gib engine.gpu_memory_utilization",

@@ -32,13 +32,19 @@ from nemo_ssopd.config import Config, OptimizerConfig
 from nemo_ssopd.data.packing import micro_batches, pack, send, unpack
 from nemo_ssopd.hf_config import HFModelConfig
 from nemo_ssopd.megatron.lora import adapters_disabled, adapters_enabled, add_lora
-from nemo_ssopd.megatron.model import build_model, hidden_states, output_weight
+from nemo_ssopd.megatron.model import DTYPES, build_model, hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import hf_weights, load_hf_weights
 from nemo_ssopd.metrics import Max, Metrics, Sum, fetch, merge
 from nemo_ssopd.ops.logprobs import linear_logprobs
 from nemo_ssopd.types import PackedBatch, StepCounts, TrainBatch
 from nemo_ssopd.types import Sequence as TokenSequence
+
+# float16 only. Losses are divided by the tokens of a global batch, millions of them, so that gradients of one token are
+# far under float16's smallest number, 6e-8; the scale lifts them. Twice as large each LOSS_SCALE_WINDOW steps without
+# an overflow; each overflow skips its step and halves it. 2^16 is where torch's own scaler starts; Megatron's 2^32
+# would begin with steps that are skipped. (ours)
+LOSS_SCALE, LOSS_SCALE_WINDOW = 2.0**16, 1000
 
 MakeInputs: TypeAlias = Callable[..., TokenInputs]
 """Completes what is known of a micro-batch's tokens by `logprobs_T` and `entropy_T`."""
@@ -72,7 +78,7 @@ class MegatronGRPOActor:
         self._initial = None if config.lora.enabled else _copy_of_weights(self.model)
         self._teacher, self._ema_decay = config.algorithm.teacher, config.algorithm.ema_decay
         self.teacher_average = _trained_in_float32(self.model) if self._teacher == "ema" else {}
-        self._ddp, self.optimizer = _optimizer(self.model, config.optimizer, bf16=config.model.dtype == "bfloat16")
+        self._ddp, self.optimizer = _optimizer(self.model, config.optimizer, DTYPES[config.model.dtype])
         self.scheduler = _scheduler(self.optimizer, config.optimizer)
         self._forward_backward = get_forward_backward_func()
         self.grad_norm_limit = math.inf
@@ -127,6 +133,7 @@ class MegatronGRPOActor:
         """
         # All that the device needs from the host goes over before the first pass; metrics come back after the last.
         microbatches = [(packed, self._known_inputs(packed, batch)) for packed in self._packed(batch.sequences)]
+        loss_scale = self.optimizer.get_loss_scale()
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         logs: list[list[Metrics]] = self._forward_backward(
@@ -140,18 +147,28 @@ class MegatronGRPOActor:
         )
         # Every rank takes the same branch: the norm is over all of them, and so is the verdict on the loss.
         metrics = merge(*fetch(chain.from_iterable(logs)))
-        self.optimizer.prepare_grads()
+        self.optimizer.prepare_grads()  # an overflow of scaled gradients is infinite in the norm too
         grad_norm = float(self.optimizer.get_grad_norm())
         usable = math.isfinite(grad_norm) and grad_norm <= self.grad_norm_limit
         skipped = not (usable and self._everywhere(math.isfinite(metrics["loss/total"].value())))
         if not skipped:
-            self.optimizer.step()
+            self._apply_gradients()
             self.scheduler.step(increment=1)
             self._move_average()
         metrics["optim/grad_norm"] = Max(grad_norm)
         metrics["optim/lr"] = Max(self.optimizer.param_groups[0]["lr"])
         metrics["optim/skipped_steps"] = Max(float(skipped))
+        if self.model.config.fp16:
+            metrics["optim/loss_scale"] = Max(float(loss_scale))
         return StepResult(skipped=skipped, metrics=metrics)
+
+    def _apply_gradients(self) -> None:
+        """Clip them and let Adam step. `optimizer.step()` would prepare them a second time: divide them by the loss
+        scale once more, and count the step twice in it."""
+        for part in self.optimizer.chained_optimizers:
+            if part.config.clip_grad > 0:
+                part.clip_grad_norm(part.config.clip_grad)
+        self.optimizer.step_with_ready_grads()
 
     def _move_average(self) -> None:
         """Of the trained weights, for an averaged teacher. In float32: in bfloat16 small moves would be lost."""
@@ -290,7 +307,7 @@ def _finish_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | N
 
 
 def _optimizer(
-    model: GPTModel, config: OptimizerConfig, *, bf16: bool
+    model: GPTModel, config: OptimizerConfig, dtype: torch.dtype
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """Megatron's data-parallel wrapper and Adam over the trainable parameters."""
     assert model.config.calculate_per_token_loss, "see MegatronGRPOActor._loss"
@@ -316,8 +333,12 @@ def _optimizer(
             adam_beta2=config.beta2,
             adam_eps=config.eps,
             clip_grad=config.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
+            initial_loss_scale=LOSS_SCALE,
+            loss_scale_window=LOSS_SCALE_WINDOW,
+            hysteresis=1,
+            params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
         ),
         [ddp],

@@ -72,6 +72,7 @@ def run_config(hf: HFModelConfig, model: ModelConfig) -> dict[str, Any]:
             "attention_dropout": 0.0,
             "gradient_accumulation_fusion": False,
             "bf16": model.dtype == "bfloat16",
+            "fp16": model.dtype == "float16",
             "params_dtype": _named(f"torch.{model.dtype}"),
             "hf_model_id": model.path,
         },

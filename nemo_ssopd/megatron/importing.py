@@ -70,7 +70,7 @@ def stored_dtype(path: str) -> str:
     name, file = next(iter(tensor_files(Path(path)).items()))
     with safe_open(file, framework="pt", device="cpu") as tensors:
         dtype = tensors.get_slice(name).get_dtype()
-    names = {"BF16": "bfloat16", "F32": "float32"}
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     if dtype not in names:
         raise ValueError(f"{path} holds {dtype} weights: say what they are to become, --dtype {' or '.join(DTYPES)}")
     return names[dtype]

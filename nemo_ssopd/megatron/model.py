@@ -44,7 +44,7 @@ from nemo_ssopd.config import ModelConfig, ParallelConfig
 from nemo_ssopd.hf_config import HFModelConfig
 from nemo_ssopd.megatron.runtime import Runtime
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def build_model(hf: HFModelConfig, model: ModelConfig, parallel: ParallelConfig, runtime: Runtime) -> GPTModel:
@@ -225,6 +225,7 @@ def _transformer_config(
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         use_cpu_initialization=not on_cuda,
         # The loss is a sum; what it is divided by is the objective's business, not Megatron's.
         calculate_per_token_loss=True,

@@ -26,7 +26,7 @@ from megatron.core import dist_checkpointing, distributed, optimizer, parallel_s
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async, fully_parallel, state_dict_saver
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.models import gpt
-from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import clip_grads, grad_scaler
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import random as megatron_random
@@ -210,7 +210,8 @@ def _teach_megatron_the_cpu() -> None:
 
     1. Its modules get another `torch`, where `torch.cuda.current_device()` is the CPU and `device="cuda"` means it.
     2. Activation recomputation saves and restores a CUDA random state: there is none.
-    3. Its optimizers ask for a dtype by comparing `tensor.type()` with names such as "torch.cuda.FloatTensor": the
+    3. float16's loss scale is loaded to a CUDA device.
+    4. Its optimizers ask for a dtype by comparing `tensor.type()` with names such as "torch.cuda.FloatTensor": the
        constants in those four functions become the CPU's names.
     """
     cpu_torch = _torch_without_cuda()
@@ -218,6 +219,7 @@ def _teach_megatron_the_cpu() -> None:
         if name.startswith("megatron.core") and vars(module).get("torch") is torch:
             vars(module)["torch"] = cpu_torch
 
+    grad_scaler.DynamicGradScaler.load_state_dict = _load_grad_scaler
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
 
@@ -229,6 +231,12 @@ def _teach_megatron_the_cpu() -> None:
     )
     for function in compares_types:
         function.__code__ = _with_cpu_type_names(function.__code__)
+
+
+def _load_grad_scaler(scaler: grad_scaler.DynamicGradScaler, state: dict[str, Any]) -> None:
+    scaler._scale = state["scale"]
+    scaler._growth_tracker = state["growth_tracker"]
+    scaler._hysteresis_tracker = state["hysteresis_tracker"]
 
 
 def _torch_without_cuda() -> ModuleType:

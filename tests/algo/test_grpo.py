@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from nemo_ssopd.algo.grpo import (
     token_scales,
 )
 from nemo_ssopd.algo.objective import TokenInputs, grpo_loss
+from nemo_ssopd.metrics import merge
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.3
 
@@ -185,3 +187,36 @@ def test_normalization_importance_and_masking(by: str, kept: tuple[bool, ...]) -
     (expected_T,) = torch.autograd.grad(expected, inputs.logprobs_T)
     torch.testing.assert_close(gradient_T, expected_T)
     assert 0 < metrics["loss/importance"].value() < 1.1
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 3)])
+def test_importance_weights_and_effective_sample_size_by_hand(cuts: tuple[int, ...]) -> None:
+    """pi_old / pi_sampler is 1/2, 1, 2, 4: their sum is 7.5 and that of their squares 21.25. However they are split."""
+    ratios_T = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    old_T = torch.tensor([-3.0, -2.0, -1.0, -2.0], dtype=torch.float64)
+    advantages_T = torch.tensor([1.0, -1.0, 2.0, 0.5], dtype=torch.float64)
+    logprobs_T = old_T.clone().requires_grad_()
+    total, parts = torch.zeros(()), []
+    for start, end in itertools.pairwise((0, *cuts, 4)):
+        inputs = TokenInputs(
+            logprobs_T=logprobs_T[start:end],
+            old_logprobs_T=old_T[start:end],
+            advantages_T=advantages_T[start:end],
+            entropy_T=torch.zeros(end - start),
+            sampler_logprobs_T=old_T[start:end] - ratios_T[start:end].log(),
+        )
+        loss, metrics = grpo_loss(inputs, clip_low=0.2, clip_high=0.2, reference_kl=0.0, importance_cap=2.0)
+        uncorrected, same = grpo_loss(inputs, clip_low=0.2, clip_high=0.2, reference_kl=0.0, importance_cap=0.0)
+        assert uncorrected.item() == pytest.approx(-float(advantages_T[start:end].sum()))
+        assert same["rollout/effective_sample_size"] == metrics["rollout/effective_sample_size"]
+        total, parts = total + loss, [*parts, metrics]
+    total.backward()
+    # -A min(w, 2) at ratio 1: -0.5 + 1 - 4 - 1.
+    assert total.item() == pytest.approx(-4.5)
+    assert logprobs_T.grad is not None and logprobs_T.grad.tolist() == pytest.approx([-0.5, 1.0, -4.0, -1.0])
+    values = {key: metric.value() for key, metric in merge(*parts).items()}
+    assert values["rollout/effective_sample_size"] == pytest.approx(
+        7.5**2 / (4 * 21.25)
+    )  # of the weights before the cap
+    assert values["loss/importance"] == pytest.approx((0.5 + 1 + 2 + 2) / 4)
+    assert values["rollout/logprob_mismatch"] == pytest.approx(math.log(2) * (1 + 0 + 1 + 2) / 4)

@@ -70,7 +70,7 @@ def test_models_and_sets_in_every_form(tmp_path: Path) -> None:
         (["data=missing.jsonl"], "missing is read from missing.jsonl, which does not exist"),
         (["evaluation.samples=0"], "evaluation.samples=0: give at least 1"),
         (["evaluation.max_new_tokens=600"], "64 + 600 is over the 512 tokens of assets/demo_model: lower one"),
-        (["engine.dtype=int4"], "engine.dtype='int4': use one of bfloat16, float32"),
+        (["engine.dtype=int4"], "engine.dtype='int4': use one of bfloat16, float16, float32"),
         (["parallel.world_size=3", "parallel.tensor=3"], "parallel.tensor=3 does not divide the 4 query heads"),
         (["student_template=hello"], "student_template lacks {problem}"),
         (["run_dir=???"], "run_dir not set"),

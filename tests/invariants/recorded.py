@@ -114,11 +114,18 @@ def reference_loss(student: torch.nn.Module, initial: torch.nn.Module, recorded:
 
 
 def config_for(
-    path: str, *, world_size: int = 1, tensor: int = 1, token_budget: int = 4096, lora: bool = False, **optimizer
+    path: str,
+    *,
+    world_size: int = 1,
+    tensor: int = 1,
+    token_budget: int = 4096,
+    lora: bool = False,
+    dtype: str = "float32",
+    **optimizer,
 ) -> Config:
     return Config(
         run_dir="unused",
-        model=ModelConfig(path=path, dtype="float32", recompute=False),
+        model=ModelConfig(path=path, dtype=dtype, recompute=False),
         lora=LoraConfig(enabled=lora, rank=4, alpha=8.0),
         parallel=ParallelConfig(world_size=world_size, tensor=tensor, timeout_minutes=2),
         rollout=RolloutConfig(temperature=TEMPERATURE),

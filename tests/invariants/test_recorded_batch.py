@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_ssopd.config import Config
+from nemo_ssopd.megatron.lora import adapters
 from tests.distributed import run_distributed
 from tests.invariants.recorded import (
     Recorded,
@@ -142,3 +143,45 @@ def test_ssopd_on_uniform_groups_is_grpo_bit_for_bit(path: str, recorded: Record
 
 def _two_updates(config: Config, recorded: Recorded, aux: bool) -> dict[str, torch.Tensor]:
     return weights_after(config, recorded, 2, aux=aux)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_float16_steps_are_float32_s_to_rounding(path: str, recorded: Recorded, distributed: bool) -> None:
+    """Scaled in the backward and unscaled once: the gradient's norm, and what Adam makes of a gradient near its eps."""
+    settings = {"world_size": 2, "lora": True, "clip_grad": 1e-4, "eps": 1e-6, "distributed": distributed}
+    exact, half = (
+        run_distributed(_first_steps, 2, config_for(path, dtype=dtype, **settings), recorded)[0]
+        for dtype in ("float32", "float16")
+    )
+    assert half[0] == pytest.approx(exact[0], rel=5e-3)  # the norm before it is clipped
+    assert (half[1] - exact[1]).norm() < 0.03 * exact[1].norm()
+
+
+def _first_steps(config: Config, recorded: Recorded) -> tuple[float, torch.Tensor]:
+    """The gradient norm of the first step, and B of all adapters after two."""
+    actor = build_actor(config)
+    norms = [one_update(actor, recorded).metrics["optim/grad_norm"].value() for _ in range(2)]
+    return norms[0], torch.cat([adapter.B.detach().float().flatten() for adapter in adapters(actor.model)])
+
+
+def test_a_loss_scale_that_overflows_is_halved_and_leaves_no_trace(path: str, recorded: Recorded) -> None:
+    config = config_for(path, world_size=2, tensor=2, lora=True, dtype="float16")
+    skipped, scales, moved = run_distributed(_overflow, 2, config, recorded)[0]
+    overflows = skipped.index(False)
+    assert overflows > 0 and skipped == [True] * overflows + [False] * (len(skipped) - overflows)
+    assert scales == [2.0 ** (30 - min(step, overflows)) for step in range(len(scales))]
+    assert moved == [step >= overflows for step in range(len(moved))]
+
+
+def _overflow(config: Config, recorded: Recorded) -> tuple[list[bool], list[float], list[bool]]:
+    """Of twenty steps from a scale of 2^30: whether each was skipped, its loss scale, whether a weight moved."""
+    actor = build_actor(config)
+    actor.optimizer.chained_optimizers[0].grad_scaler._scale.fill_(2.0**30)
+    skipped, scales, moved = [], [], []
+    for _ in range(20):
+        before = [adapter.B.clone() for adapter in adapters(actor.model)]
+        result = one_update(actor, recorded)
+        skipped.append(result.skipped)
+        scales.append(result.metrics["optim/loss_scale"].value())
+        moved.append(any(not torch.equal(old, new.B) for old, new in zip(before, adapters(actor.model), strict=True)))
+    return skipped, scales, moved

@@ -89,6 +89,7 @@ RUNS = {
     "dp2, adapters": (DP2, True, True, "float32"),
     "dp2, all weights": (DP2, False, True, "float32"),
     "dp2, all weights, bfloat16": (DP2, False, True, "bfloat16"),
+    "dp2, adapters, float16": (DP2, True, True, "float16"),
 }
 
 
@@ -185,13 +186,30 @@ def test_layout_on_disk(runs: Runs) -> None:
 
 def test_nothing_saved_is_a_fresh_start_and_a_save_before_any_update_loads(runs: Runs, tmp_path: Path) -> None:
     distributed, plain = runs["dp2, adapters"].config, runs["tp2, all weights, optimizer not distributed"].config
-    plain_bf16 = replace(plain, model=replace(plain.model, dtype="bfloat16"))
-    for i, config in enumerate((distributed, plain, plain_bf16)):
+    plain_bf16, plain_fp16 = (replace(plain, model=replace(plain.model, dtype=d)) for d in ("bfloat16", "float16"))
+    for i, config in enumerate((distributed, plain, plain_bf16, plain_fp16)):
         config = replace(config, run_dir=str(tmp_path / str(i)))
         for fresh, loaded, difference in run_distributed(save_before_any_update, 2, config):
             assert fresh == LoopState()
             assert loaded == LoopState(step=3, tokens=7, skipped=3, skipped_in_a_row=3)
             assert difference == 0.0
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_loss_scale_survives(base: str, tmp_path: Path, distributed: bool) -> None:
+    """Its value, and how far it is from growing: three steps are taken, one of them after an overflow."""
+    config = Config(
+        run_dir=str(tmp_path),
+        model=ModelConfig(path=base, dtype="float16", recompute=False),
+        lora=LoraConfig(rank=4, alpha=8.0),
+        parallel=ONE,
+        data=DataConfig(train="train.jsonl"),
+        optimizer=OptimizerConfig(lr=LR, distributed=distributed),
+    )
+    [(state, saved, loaded, fresh)] = run_distributed(loss_scale_through_a_checkpoint, 1, config)
+    assert state == LoopState(step=3, tokens=96, skipped=1, skipped_in_a_row=0)
+    assert saved == loaded == (2.0**39, 2)
+    assert fresh == (2.0**16, 0)
 
 
 # ---- Damage ----------------------------------------------------------------------------------------------------------
@@ -388,6 +406,30 @@ def test_state_after_a_step() -> None:
 def train(config: Config, save_at: tuple[int, ...]) -> Trained:
     actor = _actor(config, initialize(config.parallel, seed=1))
     return _train(actor, config, LoopState(), save_at)
+
+
+def loss_scale_through_a_checkpoint(config: Config) -> tuple[LoopState, tuple, tuple, tuple]:
+    """(Scale, steps since it changed) when saved, when loaded, and of an actor that is new."""
+    runtime = initialize(config.parallel, seed=1)
+    actor, again, state = _actor(config, runtime), _actor(config, runtime), LoopState()
+    fresh = _loss_scale(again)
+    _scaler(actor)._scale.fill_(2.0**40)  # a float16 gradient overflows
+    state, _ = _update(actor, state)
+    _scaler(actor)._scale.fill_(2.0**16)
+    for _ in range(2):
+        state, _ = _update(actor, state)
+    _scaler(actor)._scale.fill_(2.0**39)
+    save_checkpoint(actor, config, state)
+    assert load_checkpoint(again, config) == state
+    return state, _loss_scale(actor), _loss_scale(again), fresh
+
+
+def _scaler(actor: MegatronGRPOActor) -> Any:
+    return actor.optimizer.chained_optimizers[0].grad_scaler
+
+
+def _loss_scale(actor: MegatronGRPOActor) -> tuple[float, int]:
+    return _scaler(actor).scale.item(), _scaler(actor)._growth_tracker
 
 
 def resume(config: Config, parallel: ParallelConfig) -> Trained:

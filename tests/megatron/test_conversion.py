@@ -85,6 +85,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "untied, odd vocabulary": (save_random_model("qwen3_odd", folder / "odd_base"), True, "float32"),
         "demo": (DEMO, True, "float32"),
         "demo, bfloat16": (DEMO, True, "bfloat16"),
+        "demo, float16": (DEMO, True, "float16"),
         "all weights": (save_random_model("qwen2", folder / "qwen2_base"), False, "float32"),
     }
     configs = {
@@ -132,7 +133,7 @@ def changed_actor(config: Config, runtime: Any) -> MegatronGRPOActor:
     return actor
 
 
-@pytest.mark.parametrize("name", ["tied", "untied, odd vocabulary", "demo, bfloat16", "all weights"])
+@pytest.mark.parametrize("name", ["tied", "untied, odd vocabulary", "demo, bfloat16", "demo, float16", "all weights"])
 def test_merged_export_is_the_trained_model(saved: dict[str, Path], name: str, tmp_path: Path) -> None:
     out, out2 = tmp_path / "out", tmp_path / "out2"
     said = done(export_main, "--checkpoint", saved[name], "--output", out, "--verify")
@@ -142,7 +143,8 @@ def test_merged_export_is_the_trained_model(saved: dict[str, Path], name: str, t
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert ("lm_head.weight" in one) == (name in ("untied, odd vocabulary", "all weights"))
-    assert {tensor.dtype for tensor in one.values()} == {torch.bfloat16 if "bfloat16" in name else torch.float32}
+    dtype = {"demo, bfloat16": torch.bfloat16, "demo, float16": torch.float16}.get(name, torch.float32)
+    assert {tensor.dtype for tensor in one.values()} == {dtype}
 
 
 def test_exported_logits_equal_the_trainers(saved: dict[str, Path], tmp_path: Path) -> None:
