@@ -25,7 +25,7 @@ from nemo_ssopd.megatron.weights import load_hf_weights
 ROWS, LENGTH = 2, 64
 NOISE = 1e-5
 """Float32's noise where there is no base model to measure it on, in nats."""
-NOISE_LIMIT, UPDATE_LIMIT = 10.0, 1e-3
+NOISE_LIMIT, UPDATE_LIMIT = 5.0, 1e-3
 """A right export is this near to what is expected: times the noise, plus times the update."""
 MEASURABLE = 4.0
 """An update is seen when it is this many times what a right export may be off."""
@@ -49,7 +49,7 @@ class Comparison:
     """Root mean squares over the log-probs of every token of the vocabulary at every position, in nats.
 
     >>> Comparison(update=0.32, error=3e-6, unexplained=3e-6, noise=4e-7, kept=1.0).line()
-    'keeps 100.00 % of the update (update 3.2e-01 nats, error 3.0e-06, noise of float32 4.0e-07)'
+    'keeps 100.00% of the update, with errors of 0.00% (update 3.2e-01 nats, error 3.0e-06, noise of float32 4.0e-07)'
     """
 
     update: float | None
@@ -80,21 +80,24 @@ class Comparison:
                 f"is not the trained model: log-probs are {self.unexplained:.1e} nats from what they must be, over "
                 f"{self.limit:.1e}; it {self.line()}"
             )
-        if self.is_measurable and not abs(self.kept - 1) <= KEPT_LIMIT:
-            return (
-                f"is what rounding makes of the trained model, and no longer that model: it {self.line()}. Export with "
-                f"--dtype float32 or --adapter-only"
-            )
+        if self.is_measurable and not (abs(self.kept - 1) <= KEPT_LIMIT and self.error <= (self.update or 0.0)):
+            return f"is what rounding makes of the trained model, and no longer that model: it {self.line()}"
         return None
 
     def line(self) -> str:
         error = f"error {self.error:.1e}, noise of float32 {self.noise:.1e}"
         if self.update is None:
-            return f"equals the trained model ({error} nats; give the base as --base to measure the update)"
+            return f"equals the trained model ({error} nats; give its base as --base to measure the update)"
         distances = f"update {self.update:.1e} nats, {error}"
         if not self.is_measurable:
-            return f"cannot be told from its base: the update is within the noise ({distances})"
-        return f"keeps {self.kept:.2%} of the update ({distances})"
+            return f"holds an update too small to be seen: it is within the noise ({distances})"
+        kept = f"keeps {self.kept:.2%} of the update, with errors of {self.error / self.update:.2%} ({distances})"
+        is_rounded = self.error > self.limit
+        return (
+            f"{kept}. Rounding did that: export with --dtype float32 or --adapter-only to keep all"
+            if is_rounded
+            else kept
+        )
 
 
 def compare_with_export(
