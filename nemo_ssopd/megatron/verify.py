@@ -78,26 +78,26 @@ class Comparison:
         if not self.unexplained <= self.limit:
             return (
                 f"is not the trained model: log-probs are {self.unexplained:.1e} nats from what they must be, over "
-                f"{self.limit:.1e}; it {self.line()}"
+                f"{self.limit:.1e}; it {self._measures()}"
             )
         if self.is_measurable and not (abs(self.kept - 1) <= KEPT_LIMIT and self.error <= (self.update or 0.0)):
             return f"is what rounding makes of the trained model, and no longer that model: it {self.line()}"
         return None
 
     def line(self) -> str:
+        """What a right export holds, and how to lose less."""
+        if self.is_measurable and self.error > self.limit:
+            return f"{self._measures()}. Rounding did that: --dtype float32 and --adapter-only keep all"
+        return self._measures()
+
+    def _measures(self) -> str:
         error = f"error {self.error:.1e}, noise of float32 {self.noise:.1e}"
         if self.update is None:
             return f"equals the trained model ({error} nats; give its base as --base to measure the update)"
         distances = f"update {self.update:.1e} nats, {error}"
         if not self.is_measurable:
             return f"holds an update too small to be seen: it is within the noise ({distances})"
-        kept = f"keeps {self.kept:.2%} of the update, with errors of {self.error / self.update:.2%} ({distances})"
-        is_rounded = self.error > self.limit
-        return (
-            f"{kept}. Rounding did that: export with --dtype float32 or --adapter-only to keep all"
-            if is_rounded
-            else kept
-        )
+        return f"keeps {self.kept:.2%} of the update, with errors of {self.error / self.update:.2%} ({distances})"
 
 
 def compare_with_export(
