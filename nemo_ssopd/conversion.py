@@ -1,6 +1,7 @@
 """The commands that convert between checkpoints and Hugging Face or PEFT directories.
 
-    python scripts/export_hf.py --checkpoint runs/x --output out [--adapter-only] [--verify] [--base PATH]
+    python scripts/export_hf.py --checkpoint runs/x --output out [--adapter-only | --dtype float32] [--verify]
+        [--base PATH]
     python scripts/import_hf.py --model models/Qwen3-8B --output out [--dtype bfloat16]
 
 Everything happens on the CPU. Under torchrun, the processes share the model as tensor-parallel ranks.
@@ -21,8 +22,13 @@ def export_main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run_dir, or its checkpoints/iter_0000100")
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
     parser.add_argument("--adapter-only", action="store_true", help="the adapter by itself, for PEFT and vLLM")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the merged weights, by default the one trained in; float32 keeps all of the adapters' update",
+    )
     parser.add_argument("--base", help="Hugging Face base model, where it has moved or the checkpoint is not ours")
-    parser.add_argument("--verify", action="store_true", help="reload the output and compare its log-probs")
+    parser.add_argument("--verify", action="store_true", help="reload the output and compare it with the checkpoint")
     _run("export", parser.parse_args())
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
 from nemo_ssopd.config import Config
 from nemo_ssopd.report import Row, read_metrics, series
+
+if TYPE_CHECKING:
+    from nemo_ssopd.megatron.weights import Rounding
 
 PAPER = "[Self-Supervised On-Policy Distillation](https://arxiv.org/abs/2605.17497)"
 METRICS = {
@@ -22,14 +26,19 @@ METRICS = {
 }
 
 
-def model_card(config: Config, step: int, run_dir: Path, *, is_adapter: bool) -> str:
-    """Markdown. Metrics are those that `run_dir`/metrics.jsonl has up to `step`; without that file, there are none."""
+def model_card(config: Config, step: int, run_dir: Path, *, dtype: str, rounding: Rounding | None) -> str:
+    """Markdown. Metrics are those that `run_dir`/metrics.jsonl has up to `step`; without that file, there are none.
+
+    The weights are written in `dtype`. `rounding` is what that cost, or None for an adapter by itself.
+    """
+    is_adapter = rounding is None
     rows = [row for row in _rows(run_dir) if (row["step"] or 0) <= step]
     kind = f"LoRA adapter of rank {config.lora.rank}" if is_adapter else "model"
     parts = [
         _front_matter(config, is_adapter=is_adapter),
         f"# {Path(config.run_dir).name}, step {step}",
         f"A {kind} trained by nemo_ssopd from `{config.model.path}` with {_method(config)}, for {step} steps.",
+        _precision(config, dtype, rounding),
         "## Recipe",
         _table(("setting", "value"), _recipe(config)),
         "## Metrics",
@@ -63,6 +72,21 @@ def _method(config: Config) -> str:
     return f"{name.upper()} ({PAPER})" if name == "ssopd" else name.upper()
 
 
+def _precision(config: Config, dtype: str, rounding: Rounding | None) -> str:
+    if rounding is None:
+        return f"The adapter's matrices are the trained ones, in {dtype}: nothing was rounded."
+    if not rounding.has_update:
+        return f"The weights were trained in {config.model.dtype} and are written in {dtype}."
+    kept = (
+        f"The adapters were added to the weights in float32, and the sums are written in {dtype}. The written weights "
+        f"keep {rounding.kept:.2%} of the adapters' update (its projection), with rounding errors of "
+        f"{rounding.error:.2%} of the update's size."
+    )
+    if dtype == "float32":
+        return kept
+    return f"{kept} `scripts/export_hf.py --dtype float32` keeps all of it, and so does `--adapter-only`."
+
+
 def _recipe(config: Config) -> list[tuple[str, str]]:
     algorithm, trainer, rollout = config.algorithm, config.trainer, config.rollout
     recipe: dict[str, object] = {"training data": config.data.train}
@@ -84,7 +108,7 @@ def _recipe(config: Config) -> list[tuple[str, str]]:
         if config.lora.enabled
         else "all weights",
         "learning rate": f"{config.optimizer.lr:g}",
-        "type of the weights": config.model.dtype,
+        "trained in": config.model.dtype,
         "seed": trainer.seed,
     }
     return [(name, str(value)) for name, value in recipe.items()]

@@ -35,8 +35,10 @@ from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.checkpoint import CheckpointError, CheckpointSaver, LoopState, load_checkpoint
 from nemo_ssopd.megatron.export import export_hf
+from nemo_ssopd.megatron.model import DTYPES
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
+from nemo_ssopd.megatron.weights import Rounding
 from nemo_ssopd.metrics import (
     ConsoleSink,
     JsonlSink,
@@ -454,8 +456,15 @@ def finish(trainer: Trainer) -> None:
     config, runtime, run_dir = trainer.config, trainer.runtime, Path(trainer.config.run_dir)
     if config.trainer.export:
         trainer.watch.enter("export")
-        card = model_card(config, config.trainer.max_steps, run_dir, is_adapter=False) if runtime.is_main else None
-        export_hf(trainer.actor.weights(), config.model.path, run_dir / "hf", runtime, card=card)
+        rounding, dtype = Rounding(), config.model.dtype
+        export_hf(
+            trainer.actor.weights(rounding),
+            config.model.path,
+            run_dir / "hf",
+            runtime,
+            dtype=DTYPES[dtype],
+            card=lambda: model_card(config, config.trainer.max_steps, run_dir, dtype=dtype, rounding=rounding),
+        )
     trainer.watch.enter("report")
     if runtime.is_main:
         write_report(run_dir)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from nemo_ssopd.config import ParallelConfig
 from nemo_ssopd.evaluation.models import ModelSource
 from nemo_ssopd.megatron.export import copy_companions, export_hf
+from nemo_ssopd.megatron.model import DTYPES
 from nemo_ssopd.megatron.policy import open_checkpoint, stream_policy
 from nemo_ssopd.megatron.runtime import Runtime
 
@@ -50,7 +51,8 @@ def remove_merged(folder: Path) -> None:
 def _export(source: ModelSource, output: Path, parallel: ParallelConfig, runtime: Runtime) -> None:
     if source.kind == "checkpoint":
         saved = open_checkpoint(Path(source.path), runtime, base=source.base)
-        export_hf(stream_policy(saved, parallel, runtime), saved.hf_folder, output, runtime)
+        weights = stream_policy(saved, parallel, runtime)
+        export_hf(weights, saved.hf_folder, output, runtime, dtype=DTYPES[saved.dtype])
     elif runtime.is_main:
         write_merged_adapter(source, output)
 

@@ -34,7 +34,7 @@ from nemo_ssopd.hf_config import HFModelConfig
 from nemo_ssopd.megatron.lora import adapters_disabled, adapters_enabled, add_lora
 from nemo_ssopd.megatron.model import DTYPES, build_model, hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
-from nemo_ssopd.megatron.weights import hf_weights, load_hf_weights
+from nemo_ssopd.megatron.weights import Rounding, hf_weights, load_hf_weights
 from nemo_ssopd.metrics import Max, Metrics, Sum, fetch, merge
 from nemo_ssopd.ops.logprobs import linear_logprobs
 from nemo_ssopd.types import PackedBatch, StepCounts, TrainBatch
@@ -251,9 +251,9 @@ class MegatronGRPOActor:
 
     # Weights out.
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, rounding: Rounding | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and full tensors, adapters merged unless disabled; every rank iterates in step."""
-        return hf_weights(self.model, self.hf, self.runtime, merged=adapters_enabled(self.model))
+        return hf_weights(self.model, self.hf, self.runtime, merged=adapters_enabled(self.model), rounding=rounding)
 
     # What all passes share.
 

@@ -1,7 +1,7 @@
 """Hugging Face and PEFT directories from the policy: weights or adapters, config, tokenizer, chat template, model card.
 
-    export_hf(actor.weights(), "models/Qwen3-8B", Path("out"), runtime, card=card)
-    export_adapter(peft_weights(actor.model, runtime), config.lora, "models/Qwen3-8B", Path("out"), runtime, card=card)
+    export_hf(actor.weights(), "models/Qwen3-8B", Path("out"), runtime, dtype=torch.bfloat16, card=make_card)
+    export_adapter(peft_weights(actor.model, runtime), config.lora, "models/Qwen3-8B", Path("out"), runtime)
 
 Tensors go to the disk one at a time: host memory holds one of them, and nothing of a shard.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,30 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+Card = Callable[[], str]
 
 
-def export_hf(weights: Weights, base: str | Path, output: Path, runtime: Runtime, *, card: str | None = None) -> None:
+def export_hf(
+    weights: Weights, base: str | Path, output: Path, runtime: Runtime, *, dtype: torch.dtype, card: Card | None = None
+) -> None:
     """Write a directory that transformers and vLLM load, whole or not at all. All ranks call it; rank 0 writes.
 
-    Everything that is not a weight is copied from `base`, the directory that training started from. `card` becomes its
-    README.md. OSError, with what to do, where the disk is full.
+    Everything that is not a weight is copied from `base`, the directory that training started from; config.json then
+    names `dtype`, which is that of `weights`. What `card` returns once the weights are written becomes its README.md.
+    OSError, with what to do, where the disk is full.
     """
     if not runtime.is_main:
         _only_take_part(weights)
         return
     with _whole_or_nothing(output) as folder:
         copy_companions(Path(base), folder)
+        _name_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
         write_safetensors(weights, folder, "model")
         _write_card(folder, card)
 
 
 def export_adapter(
-    weights: Weights, lora: LoraConfig, base: str | Path, output: Path, runtime: Runtime, *, card: str | None = None
+    weights: Weights, lora: LoraConfig, base: str | Path, output: Path, runtime: Runtime, *, card: Card | None = None
 ) -> None:
     """Write an adapter directory that PEFT and vLLM load on `base`, whole or not at all. All ranks call it."""
     if not runtime.is_main:
@@ -82,6 +87,14 @@ def copy_companions(source: Path, target: Path) -> None:
     """What a Hugging Face directory holds beside weights: configs, tokenizer, chat template, licence."""
     for file in _companions(source):
         shutil.copyfile(file, target / file.name)
+
+
+def _name_dtype(file: Path, dtype: str) -> None:
+    """In config.json, the type that transformers and vLLM load the weights in. transformers 4 wrote `torch_dtype`."""
+    config = json.loads(file.read_text())
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    if any(config.get(key) != dtype for key in keys):
+        file.write_text(json.dumps({**config, **dict.fromkeys(keys, dtype)}, indent=2) + "\n")
 
 
 def _companions(source: Path) -> list[Path]:
@@ -175,6 +188,6 @@ def _only_take_part(weights: Weights) -> None:
         pass
 
 
-def _write_card(folder: Path, card: str | None) -> None:
+def _write_card(folder: Path, card: Card | None) -> None:
     if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card(), encoding="utf-8")

@@ -84,6 +84,15 @@ def adapters_enabled(model: GPTModel) -> bool:
     return all(module.adapters_enabled for module in model.modules() if isinstance(module, _AdaptedLinear))
 
 
+def merge_adapters(model: GPTModel) -> None:
+    """Add each adapter to the weight that it adapts, in place, and disable it."""
+    for layer in model.modules():
+        if isinstance(layer, _AdaptedLinear):
+            deltas = [adapter.delta().unflatten(0, (layer.groups, -1)) for adapter in adapters(layer)]
+            layer.weight.data += torch.cat(deltas, dim=1).flatten(0, 1)
+            layer.adapters_enabled = False
+
+
 def adapters(model: nn.Module) -> Iterator[Adapter]:
     """In the order of the layers; empty without adapters."""
     return (module for module in model.modules() if isinstance(module, Adapter))
@@ -179,6 +188,7 @@ class RowAdapter(Adapter):
 class _AdaptedLinear(nn.Module):
     """Mixed into the class of a Megatron or Transformer Engine linear layer by `_attach`."""
 
+    weight: nn.Parameter
     adapters_enabled: bool
     adapter_names: tuple[str, ...]
     groups: int

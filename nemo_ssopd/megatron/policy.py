@@ -26,7 +26,7 @@ from nemo_ssopd.megatron.lora import add_lora
 from nemo_ssopd.megatron.model import DTYPES, build_model
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.storage import CheckpointError, damage, fill_tensors, read_common, read_index
-from nemo_ssopd.megatron.weights import InMemory, hf_weights, load_hf_weights, peft_weights
+from nemo_ssopd.megatron.weights import InMemory, Rounding, hf_weights, load_hf_weights, peft_weights
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
@@ -46,7 +46,7 @@ class SavedPolicy:
     lora: LoraConfig | None
     """None where the checkpoint holds every weight."""
     base: str | None
-    """The Hugging Face directory that adapters belong to."""
+    """The Hugging Face directory that training started from. May be None where all weights were trained."""
     sharding: dict[str, object] | None
     """How Megatron-Core was told to name and cut the tensors."""
 
@@ -67,12 +67,13 @@ def open_checkpoint(folder: Path, runtime: Runtime, *, base: str | Path | None =
     config = saved_config(folder)
     base = str(base or config.model.path)
     about = read_about(folder, base, runtime)
+    has_adapters = about["base"] is not None
     return SavedPolicy(
         folder,
         hf_folder=folder / "hf",
         dtype=config.model.dtype,
-        lora=config.lora if about["base"] is not None else None,
-        base=base if about["base"] is not None else None,
+        lora=config.lora if has_adapters else None,
+        base=base if has_adapters or (Path(base) / "config.json").is_file() else None,
         sharding=None,
     )
 
@@ -96,16 +97,31 @@ def _open_foreign(folder: Path, base: str | Path | None) -> SavedPolicy:
 def load_policy(
     saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime, *, dtype: str | None = None
 ) -> GPTModel:
-    """The model, whole; in the type that it was trained in, or in `dtype`."""
+    """The model, whole; in the type that it was trained in, or with the same values in a wider `dtype`."""
     model = _build(saved, parallel, runtime, dtype or saved.dtype)
     _fill(model, saved, runtime)
+    round_weights(model, DTYPES[saved.dtype])
     return model
 
 
-def stream_policy(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime) -> Iterator[tuple[str, torch.Tensor]]:
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter, in place, the value that it has in `dtype`."""
+    for parameter in model.parameters():
+        if parameter.dtype is not dtype:
+            parameter.data.copy_(parameter.to(dtype))
+
+
+def stream_policy(
+    saved: SavedPolicy,
+    parallel: ParallelConfig,
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: Rounding | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
     """As `hf_weights` of the whole model. Host memory holds one layer, or the embedding, beside what is yielded."""
     model, in_memory = _on_disk(saved, parallel, runtime)
-    yield from hf_weights(model, saved.hf, runtime, in_memory=in_memory)
+    yield from hf_weights(model, saved.hf, runtime, dtype=dtype, rounding=rounding, in_memory=in_memory)
 
 
 def stream_adapters(

@@ -50,6 +50,47 @@ class _Shard:
     """Of this rank's part. Beside it, the embedding's last rows may be padding."""
 
 
+class Rounding:
+    """What rounding to the exported type leaves of the adapters' update d: W + d is written as W + c.
+
+    Filled by `hf_weights`, complete when that is exhausted. The sums run over all adapted weights.
+
+    >>> rounding.kept, rounding.error      # after 10 steps at 5e-6 in bfloat16
+    (0.21, 0.85)
+    """
+
+    _ROWS = 1024  # of a matrix at a time: no further copy of one is made
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    @property
+    def has_update(self) -> bool:
+        """False without adapters, and while they add nothing."""
+        return float(self._sums[0]) > 0
+
+    @property
+    def kept(self) -> float:
+        """<c, d> / <d, d>: 1 when the update is whole, 0 when it is lost."""
+        return float(self._sums[1] / self._sums[0])
+
+    @property
+    def error(self) -> float:
+        """|c - d| / |d|: what rounding took away or added, in units of the update."""
+        return float((self._sums[2] / self._sums[0]).sqrt())
+
+    def add(self, weight: torch.Tensor, delta: torch.Tensor, merged: torch.Tensor) -> None:
+        """Count one matrix, or this rank's part of it: W, d in float32, and W + c."""
+        for w, d, m in zip(*(matrix.split(self._ROWS) for matrix in (weight, delta, merged)), strict=True):
+            change = m.float() - w.float()
+            products = (d * d, change * d, (change - d).square())
+            self._sums = self._sums.to(d.device) + torch.stack([x.sum(dtype=torch.float64) for x in products])
+
+    def reduce(self, runtime: Runtime) -> None:
+        """Sum over the tensor-parallel ranks; all of them call it."""
+        self._sums = runtime.gather_tp(self._sums.to(runtime.device)[None], dim=0).sum(0)
+
+
 def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtime: Runtime) -> None:
     """Fill `model` from the safetensors in `path`; ValueError, with names, for missing, extra or misshapen tensors.
 
@@ -69,12 +110,20 @@ def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtim
 
 
 def hf_weights(
-    model: GPTModel, hf: HFModelConfig, runtime: Runtime, *, merged: bool = True, in_memory: InMemory = nullcontext
+    model: GPTModel,
+    hf: HFModelConfig,
+    runtime: Runtime,
+    *,
+    merged: bool = True,
+    dtype: torch.dtype | None = None,
+    rounding: Rounding | None = None,
+    in_memory: InMemory = nullcontext,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of this pipeline stage, whole, under its Hugging Face name, in the model's dtype.
+    """Every tensor of this pipeline stage, whole, under its Hugging Face name, in `dtype` or the model's own.
 
-    `merged` adds the adapters, W + alpha / r B A, in float32. All ranks must iterate to the end. What comes out may
-    share memory with the parameters: clone what is kept over an optimizer step, and write to none of it.
+    `merged` adds the adapters, W + alpha / r B A, in float32; `rounding` counts what is lost after that. All ranks
+    must iterate to the end. What comes out may share memory with the parameters: clone what is kept over an optimizer
+    step, and write to none of it.
 
     `in_memory` surrounds the use of each part of the model, a layer at the most: it may load the part and drop it.
     """
@@ -82,9 +131,15 @@ def hf_weights(
     for shard in _shards(model, hf, in_memory):
         local = shard.view.detach().reshape(shard.shape)
         if shard.name in deltas:
-            local = (local.float() + deltas[shard.name].delta()).to(local.dtype)
+            weight, delta = local, deltas[shard.name].delta()
+            local = (weight.float() + delta).to(dtype or weight.dtype)
+            if rounding is not None:
+                rounding.add(weight, delta, local)
+        local = local.to(dtype or local.dtype)
         whole = local if shard.dim is None else runtime.gather_tp(local, shard.dim)
         yield shard.name, whole[: hf.vocab_size] if _is_vocabulary(shard.name) else whole
+    if rounding is not None:
+        rounding.reduce(runtime)
 
 
 def peft_weights(model: nn.Module, runtime: Runtime) -> Iterator[tuple[str, torch.Tensor]]:

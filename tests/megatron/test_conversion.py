@@ -41,6 +41,7 @@ from tests.megatron.hf_models import load_megatron, save_random_model, tokens_BS
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "assets" / "demo_model")
+RATE = 5e-6  # of Adam's first step: all of B
 ONE, TP2 = ParallelConfig(world_size=1), ParallelConfig(world_size=2, tensor=2)
 
 
@@ -81,12 +82,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints written at tensor-parallel size 2, of adapters with a B that is not zero, or of all weights."""
     folder = tmp_path_factory.mktemp("saved")
     models = {
-        "tied": (save_random_model("qwen3_tied", folder / "tied_base"), True, "float32"),
-        "untied, odd vocabulary": (save_random_model("qwen3_odd", folder / "odd_base"), True, "float32"),
-        "demo": (DEMO, True, "float32"),
-        "demo, bfloat16": (DEMO, True, "bfloat16"),
-        "demo, float16": (DEMO, True, "float16"),
-        "all weights": (save_random_model("qwen2", folder / "qwen2_base"), False, "float32"),
+        "tied": (save_random_model("qwen3_tied", folder / "tied_base"), True, "float32", 0.1),
+        "untied, odd vocabulary": (save_random_model("qwen3_odd", folder / "odd_base"), True, "float32", 0.1),
+        "demo": (DEMO, True, "float32", 0.1),
+        "demo, bfloat16": (DEMO, True, "bfloat16", 0.1),
+        "demo, float16": (DEMO, True, "float16", 0.1),
+        "one step": (DEMO, True, "float32", RATE),
+        "one step, bfloat16": (DEMO, True, "bfloat16", RATE),
+        "no step": (DEMO, True, "float32", 0.0),
+        "all weights": (save_random_model("qwen2", folder / "qwen2_base"), False, "float32", 0.0),
     }
     configs = {
         name: Config(
@@ -96,9 +100,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             parallel=TP2,
             data=DataConfig(train="train.jsonl"),
         )
-        for name, (path, lora, dtype) in models.items()
+        for name, (path, lora, dtype, _) in models.items()
     }
-    run_distributed(train_and_save, 2, list(configs.values()))
+    run_distributed(train_and_save, 2, [(configs[name], size) for name, (*_, size) in models.items()])
     for config in configs.values():
         rows = [
             {"step": 0, "eval/avg_at_n": 0.25},
@@ -109,14 +113,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: Path(config.run_dir) for name, config in configs.items()}
 
 
-def train_and_save(configs: list[Config]) -> None:
+def train_and_save(runs: list[tuple[Config, float]]) -> None:
     runtime = initialize(TP2, seed=1)
-    for config in configs:
-        save_checkpoint(changed_actor(config, runtime), config, LoopState(step=3))
+    for config, size in runs:
+        save_checkpoint(changed_actor(config, runtime, size=size), config, LoopState(step=3))
 
 
-def changed_actor(config: Config, runtime: Any) -> MegatronGRPOActor:
-    """As after training: each rank adds its part of the same random whole."""
+def changed_actor(config: Config, runtime: Any, *, size: float = 0.1) -> MegatronGRPOActor:
+    """As after training: each rank adds its part of the same random whole, of standard deviation `size`."""
     actor = MegatronGRPOActor(config, read_hf_config(config.model.path), runtime, pad_id=0)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -125,7 +129,7 @@ def changed_actor(config: Config, runtime: Any) -> MegatronGRPOActor:
             shape = list(adapter.B.shape)
             if axis is not None:
                 shape[axis] *= runtime.tp_size
-            whole = 0.1 * torch.randn(shape, generator=generator)
+            whole = size * torch.randn(shape, generator=generator)
             adapter.B.copy_(whole if axis is None else whole.chunk(runtime.tp_size, axis)[runtime.tp_rank])
         if not config.lora.enabled:
             for parameter in actor.model.parameters():
@@ -137,8 +141,10 @@ def changed_actor(config: Config, runtime: Any) -> MegatronGRPOActor:
 def test_merged_export_is_the_trained_model(saved: dict[str, Path], name: str, tmp_path: Path) -> None:
     out, out2 = tmp_path / "out", tmp_path / "out2"
     said = done(export_main, "--checkpoint", saved[name], "--output", out, "--verify")
-    assert "verified by transformers: log-probs differ by" in said
-    done(export_main, "--checkpoint", saved[name] / "checkpoints" / "iter_0000003", "--output", out2, processes=2)
+    shares = {"demo, bfloat16": "98.", "all weights": "100.00%"}
+    assert f"verified by transformers: {out} keeps {shares.get(name, '100.00%')}" in said
+    done(export_main, "--checkpoint", iteration(saved[name]), "--output", out2, "--verify", processes=2)
+    assert (out / "README.md").read_text() == (out2 / "README.md").read_text(), "the share is summed over ranks"
     one, two = load_file(out / "model.safetensors"), load_file(out2 / "model.safetensors")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -153,7 +159,7 @@ def test_exported_logits_equal_the_trainers(saved: dict[str, Path], tmp_path: Pa
     done(export_main, "--checkpoint", saved["tied"], "--output", merged)
     said = done(export_main, "--checkpoint", saved["tied"], "--output", adapter, "--adapter-only", "--verify")
     assert "verified by PEFT" in said
-    trained, _ = run_distributed(logprobs_of, 2, saved["tied"] / "checkpoints" / "iter_0000003")
+    trained, _ = run_distributed(logprobs_of, 2, iteration(saved["tied"]))
     tokens = tokens_BS(96)
     base = AutoModelForCausalLM.from_pretrained(saved["tied"].parent / "tied_base")
     with torch.no_grad():
@@ -167,7 +173,7 @@ def test_exported_logits_equal_the_trainers(saved: dict[str, Path], tmp_path: Pa
 
 def logprobs_of(checkpoint: Path) -> torch.Tensor:
     runtime = initialize(TP2, seed=1)
-    return trainer_logprobs(open_checkpoint(checkpoint, runtime), tokens_BS(96), TP2, runtime)
+    return trainer_logprobs(open_checkpoint(checkpoint, runtime), tokens_BS(96), TP2, runtime).policy
 
 
 def test_an_export_comes_with_everything_beside_the_weights(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -244,20 +250,110 @@ def vllm_against_trainer(adapter: str, run_dir: Path) -> tuple[float, ...]:
     return exported, first, differences(5), base
 
 
-def test_verify_finds_what_is_wrong(saved: dict[str, Path], tmp_path: Path) -> None:
-    """One matrix of 16 that is 1 % too large."""
-    out = tmp_path / "out"
-    done(export_main, "--checkpoint", saved["tied"], "--output", out)
-    weights = load_file(out / "model.safetensors")
+def iteration(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "iter_0000003"
+
+
+def scale_one_matrix(weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+    """One matrix of 16, by 1 %."""
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+
+
+def swap_two_heads(weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].roll(weights[name].shape[0] // 4, 0)
+
+
+def lose_the_update(weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+    weights.update({name: base[name].to(tensor.dtype) for name, tensor in weights.items()})
+
+
+def lose_one_projection(weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] = base[name].to(weights[name].dtype)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied, odd vocabulary", "demo", "demo, bfloat16", "one step"])
+@pytest.mark.parametrize("damage", [scale_one_matrix, swap_two_heads, lose_the_update, lose_one_projection])
+def test_verify_finds_what_is_wrong(
+    saved: dict[str, Path], name: str, damage: Callable[..., None], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done(export_main, "--checkpoint", saved[name], "--output", out)
+    weights = load_file(out / "model.safetensors")
+    dtype = "bfloat16" if "bfloat16" in name else "float32"
+    base = {"tied": saved[name].parent / "tied_base", "untied, odd vocabulary": saved[name].parent / "odd_base"}
+    damage(weights, load_file(Path(base.get(name, DEMO)) / "model.safetensors"))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    [comparison] = run_distributed(compare, 1, saved["tied"] / "checkpoints" / "iter_0000003", out)
-    assert not comparison.is_equal and comparison.largest > comparison.limit
+    [comparison] = run_distributed(compare, 1, iteration(saved[name]), out, dtype)
+    print(name, damage.__name__, comparison, comparison.unexplained / comparison.limit)
+    assert "is not the trained model" in comparison.problem()
+    if damage is lose_the_update:
+        assert comparison.error == pytest.approx(comparison.update, rel=0.02)
+        assert comparison.unexplained > 4 * comparison.limit
+        assert abs(comparison.kept) < 0.02
 
 
-def compare(checkpoint: Path, output: Path) -> Comparison | None:
+def compare(checkpoint: Path, output: Path, dtype: str) -> Comparison | None:
     runtime = initialize(ONE, seed=1)
-    return compare_with_export(open_checkpoint(checkpoint, runtime), output, ONE, runtime, is_adapter=False)
+    saved = open_checkpoint(checkpoint, runtime)
+    return compare_with_export(saved, output, ONE, runtime, is_adapter=False, dtype=dtype)
+
+
+def test_what_rounding_costs_is_said(saved: dict[str, Path], tmp_path: Path) -> None:
+    """One step at 5e-6 in bfloat16: the export is right, and almost the base. Shares are computed again by hand."""
+    name = "one step, bfloat16"
+    out, whole, adapter = tmp_path / "out", tmp_path / "whole", tmp_path / "adapter"
+    said = done(export_main, "--checkpoint", saved[name], "--output", adapter, "--adapter-only", "--verify")
+    assert f"verified by PEFT: {adapter} keeps 100.00%" in said
+    assert "nothing was rounded" in (adapter / "README.md").read_text()
+    said = done(export_main, "--checkpoint", saved[name], "--output", whole, "--verify", "--dtype", "float32")
+    assert f"verified by transformers: {whole} keeps 100.00%" in said
+    message = refused(export_main, "--checkpoint", saved[name], "--output", out, "--verify")
+    assert "is what rounding makes of the trained model" in message and "--dtype float32" in message
+
+    base = {key: tensor.bfloat16().float() for key, tensor in load_file(Path(DEMO, "model.safetensors")).items()}
+    policy, rounded = dict(base), dict(base)
+    matrices, dots = load_file(adapter / "adapter_model.safetensors"), torch.zeros(3, dtype=torch.float64)
+    for key in [key for key in matrices if "lora_A" in key]:
+        projection = key.removeprefix("base_model.model.").replace("lora_A.", "")
+        update = 2 * matrices[key.replace("lora_A", "lora_B")].float() @ matrices[key].float()
+        policy[projection] = base[projection] + update
+        rounded[projection] = policy[projection].bfloat16().float()
+        kept = (rounded[projection] - base[projection]).double()
+        dots += torch.stack([(update * update).sum(), (kept * update).sum(), (kept - update).square().sum()])
+    share, error = float(dots[1] / dots[0]), float(dots[2] / dots[0]) ** 0.5
+    assert 0 < share < 0.2
+    card = (out / "README.md").read_text()
+    assert f"keep {share:.2%} of the adapters' update" in card and f"errors of {error:.2%}" in card
+    assert "keep 100.00% of the adapters' update" in (whole / "README.md").read_text()
+
+    exported = load_file(whole / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    assert max(float((exported[key] - policy[key]).abs().max()) for key in policy) < 1e-8
+    assert json.loads((whole / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    from_base, from_policy, from_rounded = (hf_logprobs(weights) for weights in (base, policy, rounded))
+    step = from_policy - from_base
+    by_logprobs = float(((from_rounded - from_base) * step).sum() / (step * step).sum())
+    [comparison] = run_distributed(compare, 1, iteration(saved[name]), out, "bfloat16")
+    assert comparison.kept == pytest.approx(by_logprobs, abs=0.02)
+    assert comparison.update == pytest.approx(float(step.square().mean().sqrt()), rel=0.05)
+
+
+def hf_logprobs(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of the demo model with other weights, on the tokens of --verify."""
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    model.load_state_dict(weights, strict=False)
+    tokens = torch.randint(102, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(tokens).logits.log_softmax(-1).double()
+
+
+def test_an_update_within_the_noise_is_not_measured(saved: dict[str, Path], tmp_path: Path) -> None:
+    said = done(export_main, "--checkpoint", saved["no step"], "--output", tmp_path / "out", "--verify")
+    assert "holds an update too small to be seen" in said and "keeps" not in said
+    assert "trained in float32 and are written in float32" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -334,6 +430,10 @@ def test_what_cannot_be_converted_is_refused_in_one_line(saved: dict[str, Path],
     assert "holds other weights" in message
     message = refused(export_main, "--checkpoint", saved["all weights"], "--output", out, "--adapter-only")
     assert "leave --adapter-only out" in message
+    message = refused(
+        export_main, "--checkpoint", saved["tied"], "--output", out, "--adapter-only", "--dtype", "float32"
+    )
+    assert "--dtype is for merged weights" in message
     assert "holds something" in refused(export_main, "--checkpoint", saved["tied"], "--output", tmp_path)
     assert not out.exists()
 
