@@ -1,4 +1,4 @@
-"""The trainer's weights to the rollout engine, in place, at the start and after every step; and proof that they arrived.
+"""The trainer's weights to the rollout engine, in place, at the start and after every step, and proof that they came.
 
     refit(actor, engine, config, policy_version=7)
 
