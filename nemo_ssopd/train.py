@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 import torch
@@ -66,6 +66,9 @@ from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, 
 from nemo_ssopd.types import Sequence as TokenSequence
 
 Example = TypeVar("Example")
+
+CHECKED_TOKENS = 16
+"""Of each completion of `check_refit`."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def train_step(trainer: Trainer, step: int) -> Metrics:
 def sft_step(trainer: Trainer, step: int) -> Metrics:
     """One optimizer step of cross-entropy on written solutions."""
     timer = StageTimer(trainer.watch.enter)
+    if trainer.optional_collector is not None:
+        trainer.collector.engine.sleep()
     with timer.stage("data"):
         examples = local_share(trainer, trainer.data.supervised, step)
         rendered = [render_sft(trainer.data.tokenizer, example, trainer.config.data) for example in examples]
@@ -277,11 +282,10 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
         return {}
     timer = StageTimer(trainer.watch.enter)
     with timer.stage("eval"):
-        if trainer.collector.engine.policy_version != step:  # an SFT run leaves the engine alone until it is asked
+        if trainer.collector.engine.policy_version != step:  # an SFT run refits the engine only here
             refit(trainer.actor, trainer.collector.engine, trainer.config, policy_version=step)
         samples = held_out_samples(trainer, trainer.data.eval, trainer.config.evaluation)
         teacher = evaluate_teacher(trainer, samples, step=step)
-        trainer.collector.engine.sleep()
     if trainer.runtime.is_main:
         write_samples(samples, Path(trainer.config.run_dir) / "eval" / f"step_{step:06}.jsonl")
     metrics = eval_metrics(summary_of(samples, trainer.config.evaluation))
@@ -444,11 +448,40 @@ def resume_or_begin(trainer: Trainer) -> LoopState:
     state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
     if trainer.optional_collector is not None:
         trainer.watch.enter("refit")
+        check_refit(trainer, state.step)
         refit(trainer.actor, trainer.collector.engine, config, policy_version=state.step)
-        trainer.collector.engine.sleep()
     if trainer.runtime.is_main:
         OmegaConf.save(OmegaConf.structured(config), Path(config.run_dir) / "config.yaml")
     return state
+
+
+def check_refit(trainer: Trainer, step: int) -> None:
+    """Refit the engine with a policy far from the real one, and see that its samples have that policy's log-probs.
+
+    All ranks call it, once; the trainer's weights are afterwards as before. UnhealthyRun on all ranks when an engine is
+    nearer to the real policy. Refits compare tensors, this the tokens that come of them: graphs, caches and kernels.
+    """
+    config, actor, collector = trainer.config, trainer.actor, trainer.collector
+    prompt, count = (trainer.data.train or trainer.data.eval)[0].tokens, trainer.runtime.tp_size
+    sampling = Sampling(config.rollout.temperature, min(config.rollout.max_new_tokens, CHECKED_TOKENS))
+    with actor.changed():
+        refit(actor, collector.engine, config, policy_version=step)
+        seeds = [[request_seed("refit", index)] for index in range(count)]  # a prompt for every engine of the group
+        groups = collector.generate([prompt] * count, seeds=seeds, sampling=sampling)
+        sequences = [TokenSequence(prompt + completion.tokens, len(prompt)) for [completion] in groups]
+        changed = torch.cat(actor.logprobs(sequences)).cpu()
+    real = torch.cat(actor.logprobs(sequences)).cpu()
+    sampled = torch.tensor([logprob for [completion] in groups for logprob in completion.logprobs])
+    own = float((changed - real).abs().mean()), float((sampled - changed).abs().mean())
+    everywhere: list[Any] = [None] * trainer.runtime.world_size
+    dist.all_gather_object(everywhere, own, group=trainer.runtime.cpu_group)
+    moved, away = max(everywhere, key=lambda pair: pair[1] / pair[0])
+    if not away < moved / 2:
+        raise UnhealthyRun(
+            f"refit: a change of the weights that moves log-probs by {moved:.3g} nats per token leaves the engine "
+            f"{away:.3g} away: it does not sample from the weights that it was sent. This is an error in the engine or "
+            "in its version"
+        )
 
 
 def finish(trainer: Trainer) -> None:

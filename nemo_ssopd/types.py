@@ -36,6 +36,26 @@ class RenderedPrompt:
 
 
 @dataclass(frozen=True)
+class SentTensor:
+    """What is kept of a tensor that went to the engine, to compare it with what the engine holds.
+
+    Of a matrix these are columns `first`, `first` + `step` and so on; of a vector, all of it.
+
+    >>> SentTensor(name="model.layers.0.mlp.up_proj.weight", shape=(512, 1024), first=5, step=64, values=columns)
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
+    step: int
+    values: torch.Tensor
+
+    @property
+    def is_vocabulary(self) -> bool:
+        return self.name in ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
 class Sequence:
     """Prompt tokens followed by completion tokens; losses and log-probs are over the completion only.
 

@@ -123,6 +123,17 @@ class MegatronGRPOActor:
         with weights[self._teacher]:
             yield
 
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Inside, the policy is another one, far away, and the same on every rank: see `train.check_refit`.
+
+        Adapters are moved, or where all weights train, those of the norms: they are small.
+        """
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        small = trained if self._initial is None else {name: p for name, p in trained.items() if p.dim() == 1}
+        with _swapped(self.model, {name: parameter.detach() / 2 + 0.02 for name, parameter in small.items()}):
+            yield
+
     # The optimizer step.
 
     def update(self, batch: TrainBatch, token_loss: TokenLoss, aux: AuxLoss | None = None) -> StepResult:

@@ -1,49 +1,83 @@
-"""The trainer's weights to the rollout engine, in place, at the start and after every step.
+"""The trainer's weights to the rollout engine, in place, at the start and after every step, and proof that they came.
 
     refit(actor, engine, config, policy_version=7)
 
 Merged: every weight goes over, adapters added. Adapter: the engine keeps the base model, and gets A and B as a LoRA
 adapter of its own, rank / hidden of the bytes; the trainer's rounding is then the engine's too.
+
+In bfloat16 a few steps change log-probs by less than rounding does, so log-probs cannot show a stale engine. Therefore
+the engine's tensors are compared, bit for bit, with what was sent: adapters whole; of every weight some columns,
+others at every version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
-from nemo_ssopd.config import Config
+from nemo_ssopd.config import Config, LoraConfig
+from nemo_ssopd.health import UnhealthyRun
 from nemo_ssopd.megatron.actor import MegatronGRPOActor
-from nemo_ssopd.megatron.export import write_adapter
 from nemo_ssopd.megatron.lora import adapters_enabled
 from nemo_ssopd.megatron.weights import peft_weights
+from nemo_ssopd.types import SentTensor
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+COLUMNS = 16
+"""That are compared of a matrix, at least: two for each of 8 tensor-parallel ranks."""
 
 
 class Engine(Protocol):
     """What takes the weights: `rollout.engine.RolloutEngine`."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None: ...
+    def load_weights(self, weights: Weights, *, policy_version: int) -> None: ...
 
-    def load_adapter(self, folder: Path, *, policy_version: int) -> None: ...
+    def load_adapter(self, weights: Weights, *, policy_version: int) -> None: ...
 
     def drop_adapter(self, *, policy_version: int) -> None: ...
+
+    def differing(self, sent: Mapping[str, SentTensor]) -> list[str]: ...
 
 
 def refit(actor: MegatronGRPOActor, engine: Engine, config: Config, *, policy_version: int) -> None:
     """From here on the engine samples from the actor's policy, inside `reference` or `teacher` from that one's.
 
-    All ranks call it, with config.rollout.refit.
+    All ranks call it, with config.rollout.refit. UnhealthyRun on all of them where an engine holds something else.
     """
+    sent: dict[str, SentTensor] = {}
     if config.rollout.refit == "merged":
-        engine.load_weights(actor.weights(), policy_version=policy_version)
-        return
-    if not adapters_enabled(actor.model):
+        engine.load_weights(_sampled(actor.weights(), sent, turn=policy_version), policy_version=policy_version)
+    elif adapters_enabled(actor.model):
+        matrices = list(_scaled(peft_weights(actor.model, actor.runtime), config.lora))
+        sent |= {name: SentTensor(name, tuple(matrix.shape), 0, 1, matrix) for name, matrix in matrices}
+        engine.load_adapter(matrices, policy_version=policy_version)
+    else:
         engine.drop_adapter(policy_version=policy_version)
-        return
-    # vLLM takes adapters from a folder. Each process has an engine, which reads the whole matrices, and its own folder.
-    with TemporaryDirectory(prefix="adapter-") as folder:
-        write_adapter(peft_weights(actor.model, actor.runtime), config.lora, config.model.path, Path(folder))
-        engine.load_adapter(Path(folder), policy_version=policy_version)
+    everywhere: list[Any] = [None] * actor.runtime.world_size
+    dist.all_gather_object(everywhere, engine.differing(sent), group=actor.runtime.cpu_group)
+    stale = [(rank, name) for rank, names in enumerate(everywhere) for name in names]
+    if stale:
+        rank, name = stale[0]
+        more = f", and {len(stale) - 1} more tensors" if len(stale) > 1 else ""
+        raise UnhealthyRun(
+            f"refit to version {policy_version}: the engine of rank {rank} does not hold {name} as it was sent{more}. "
+            "It would sample from another policy than the trainer's: this is an error in the engine or in its version"
+        )
+
+
+def _sampled(weights: Weights, sent: dict[str, SentTensor], *, turn: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same weights; of each, `sent` keeps what will be compared."""
+    for name, tensor in weights:
+        step = max(1, tensor.shape[-1] // COLUMNS) if tensor.dim() == 2 else 1
+        sent[name] = SentTensor(name, tuple(tensor.shape), turn % step, step, tensor[..., turn % step :: step].clone())
+        yield name, tensor
+
+
+def _scaled(weights: Weights, lora: LoraConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """B times alpha / r, so that the engine need not know them."""
+    for name, tensor in weights:
+        yield name, tensor * (lora.alpha / lora.rank) if ".lora_B." in name else tensor

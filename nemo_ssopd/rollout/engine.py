@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from nemo_ssopd.types import Completion
+from nemo_ssopd.rollout.held import differing_adapters, differing_weights
+from nemo_ssopd.types import Completion, SentTensor
 
 # Read by vLLM at import: one process per rank, no thread pinning of its own, no third-party plug-ins.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -26,6 +26,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm import LLM, SamplingParams
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM 0.20 to 0.33
@@ -36,6 +38,9 @@ class RolloutEngine:
 
     `policy_version` counts the weight updates that the engine has received; every completion carries the
     version that sampled it. On a GPU the engine gives its memory back between `sleep` and the next use.
+
+    Without LoRA, sleep drops the weights, since the next refit replaces them all: `policy_version` is then None, and
+    `generate` refuses. With LoRA, sleep keeps them in host memory: a refit brings adapters alone.
     """
 
     def __init__(
@@ -88,14 +93,17 @@ class RolloutEngine:
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
-                async_scheduling=False if gpu_cache_bytes else None,
+                # When it is on, what a rank schedules next depends on its own clock: ranks must agree, and runs repeat.
+                async_scheduling=False if tensor > 1 or gpu_cache_bytes else None,
                 **memory,
                 **_lora_options(lora_rank),
             )
         self._on_gpu = on_gpu
         self._asleep: frozenset[str] = frozenset()
+        self._has_lora = lora_rank > 0
         self._adapter: LoRARequest | None = None
-        self.policy_version = 0
+        self._adapters_loaded = 0
+        self.policy_version: int | None = 0
 
     def generate(
         self,
@@ -114,6 +122,7 @@ class RolloutEngine:
 
         Text is left empty: the caller decodes it. All ranks of one engine call this together with equal arguments.
         """
+        assert self.policy_version is not None, "the engine slept and lost its weights: refit it first"
         assert len(prompts) == len(seeds), (len(prompts), len(seeds))
         self._wake(frozenset({"weights", "kv_cache"}))
         requests = [
@@ -136,12 +145,7 @@ class RolloutEngine:
             use_tqdm=progress,
             lora_request=self._adapter,
         )
-        return [self._completion(output.outputs[0]) for output in outputs]
-
-    def _completion(self, output: Any) -> Completion:
-        tokens = tuple(output.token_ids)
-        logprobs = tuple(step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True))
-        return Completion(tokens, logprobs, "", output.finish_reason, self.policy_version)
+        return [_completion(output.outputs[0], self.policy_version) for output in outputs]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
         """Replace every weight by (Hugging Face name, full tensor) pairs and forget cached prefixes."""
@@ -161,14 +165,27 @@ class RolloutEngine:
         self._llm.reset_prefix_cache()
         self.policy_version = policy_version
 
-    def load_adapter(self, folder: Path, *, policy_version: int) -> None:
-        """Sample with the PEFT adapter in `folder`, which is read now, in place of the one before.
+    def load_adapter(self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
+        """Sample with these LoRA matrices, (PEFT name, full tensor) pairs with B times alpha / r, instead of the last.
 
-        Its id is new at every version, so that neither cached prefixes nor a cached adapter of an older one are used.
+        vLLM's id of the adapter is new each time: cached prefixes of another one are not used.
         """
         self.drop_adapter(policy_version=policy_version)
-        self._adapter = LoRARequest(f"policy-{policy_version}", policy_version + 1, str(folder))
-        self._llm.llm_engine.add_lora(self._adapter)
+        # Copies, as vLLM keeps them; in host memory, from where it fills its own buffers.
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
+        rank = next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
+        self._adapters_loaded += 1
+        self._adapter = LoRARequest(f"adapter-{self._adapters_loaded}", self._adapters_loaded, "in memory")
+        adapter = LoRAModel.from_lora_tensors(
+            self._adapter.lora_int_id, tensors, PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]), device="cpu"
+        )
+
+        def activate(worker: Any) -> None:
+            manager = worker.model_runner.lora_manager._adapter_manager
+            manager.add_adapter(adapter)
+            manager.activate_adapter(adapter.id)
+
+        self._llm.collective_rpc(activate)
 
     def drop_adapter(self, *, policy_version: int) -> None:
         """Sample with the base model alone."""
@@ -179,24 +196,56 @@ class RolloutEngine:
         self._llm.reset_prefix_cache()
         self.policy_version = policy_version
 
+    def differing(self, sent: Mapping[str, SentTensor]) -> list[str]:
+        """Names of the tensors that this rank's engine does not hold as they were sent. Empty after a good refit."""
+        self._wake(frozenset({"weights"}))
+        adapter_id = self._adapter.lora_int_id if self._adapter else None
+
+        def compare(worker: Any) -> list[str]:
+            runner = worker.model_runner
+            if self._has_lora:
+                return differing_adapters(runner.lora_manager._adapter_manager, adapter_id, sent)
+            return differing_weights(runner.get_model(), sent, packed=not self._on_gpu)
+
+        [names] = self._llm.collective_rpc(compare)
+        return names
+
     def sleep(self) -> None:
-        """Give the GPU memory of weights and KV cache back; without a GPU, do nothing."""
+        """Give the GPU memory of weights and KV cache back. Without a GPU nothing moves, and the same rules hold."""
+        if not self._has_lora:
+            self.policy_version = None
         if self._on_gpu and not self._asleep:
-            self._llm.sleep(level=1)
+            torch.cuda.synchronize()  # vLLM 0.20 unmaps memory that a last forward pass may still read
+            self._llm.sleep(level=1 if self._has_lora else 2)
             self._asleep = frozenset({"weights", "kv_cache"})
 
     def close(self) -> None:
-        """Shut the engine down. vLLM then destroys every process group, the default one included."""
-        if not self._on_gpu:
-            # vLLM 0.20 waits for an accelerator, and a CUDA build of torch looks for its driver; later ones do so too.
-            torch.accelerator.synchronize = lambda *device: None  # type: ignore[assignment]
-        self._llm.llm_engine.engine_core.shutdown()
+        """Shut the engine down. vLLM 0.32 then destroys every process group, the default one included; 0.20 none."""
+        with nullcontext() if self._on_gpu else _nothing_to_wait_for():
+            self._llm.llm_engine.engine_core.shutdown()
 
     def _wake(self, tags: frozenset[str]) -> None:
         if needed := sorted(tags & self._asleep):
             torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the engine needs now
             self._llm.wake_up(tags=needed)
             self._asleep -= tags
+
+
+def _completion(output: Any, policy_version: int) -> Completion:
+    tokens = tuple(output.token_ids)
+    logprobs = tuple(step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True))
+    return Completion(tokens, logprobs, "", output.finish_reason, policy_version)
+
+
+@contextmanager
+def _nothing_to_wait_for() -> Iterator[None]:
+    """vLLM waits for the accelerator that torch was built for, and torch may then raise because there is none."""
+    wait = torch.accelerator.synchronize
+    torch.accelerator.synchronize = lambda *_: None
+    try:
+        yield
+    finally:
+        torch.accelerator.synchronize = wait
 
 
 @contextmanager
