@@ -1,5 +1,6 @@
 # make train    the whole stack in miniature on two CPU processes: train, evaluate, export, report
 # make test     formatting, lint, types and every test
+# make test-gpu  on a machine with a GPU and the stack installed: kernels against float64, then scripts/gpu_report.py
 # make test-slurm   the batch scripts on a real SLURM of one node, from Debian's packages (needs root)
 # make audit    known vulnerabilities of the locked packages
 # make warmstart    the demo model's initial weights, from nothing
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 RUN ?= runs/$(firstword $(MAKECMDGOALS))-$(shell date +%Y%m%d-%H%M%S)
 RUN := $(RUN)
 
-.PHONY: train test test-slurm audit warmstart install lock clean
+.PHONY: train test test-gpu test-slurm audit warmstart install lock clean
 
 train: $(INSTALLED)
 	$(BIN)/python scripts/train_ssopd.py --config-name tiny_cpu run_dir=$(RUN)
@@ -23,6 +24,13 @@ test: $(INSTALLED)
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck -x scripts/slurm/* tests/slurm/*.sh tests/slurm/*.sbatch
 	$(BIN)/python -m pytest
+
+# With the python3 that a container brings, or PYTHON: nothing is installed. Both parts run, whatever the first finds.
+test-gpu:
+	code=0; \
+	$(PYTHON) -m pytest --override-ini addopts= -q tests/gpu || code=1; \
+	$(PYTHON) scripts/gpu_report.py --output $(RUN) || code=1; \
+	cp $(RUN)/gpu_report.md docs/ && exit $$code
 
 test-slurm: $(INSTALLED)
 	tests/slurm/install.sh

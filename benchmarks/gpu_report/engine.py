@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def run(results: Results, mode: str) -> None:
     before = None
     for version in (1, 2):  # the second time, the engine is asleep
         _move_adapters(actor, seed=version)
-        _timed(results, f"refit {version}", lambda: refit(actor, engine, config, policy_version=version))
+        _timed(results, f"refit {version}", partial(refit, actor, engine, config, policy_version=version))
         completions = _generate(results, engine, problems, config, version)
         before = _add_mismatch(results, actor, problems, completions, version, before)
         _add_memory(results, f"awake, version {version}")

@@ -1,4 +1,4 @@
-"""The training command on one device in bfloat16: some steps, a checkpoint, and more steps from it with another refit."""
+"""The training command on one device in bfloat16: some steps, a checkpoint, then more steps with the other refit."""
 
 from __future__ import annotations
 
