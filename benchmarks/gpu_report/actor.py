@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu_report.stage import Results
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "cuda": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8}
+    "cuda": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8}
     | {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 8209, "max_position_embeddings": 2048},
     "cpu": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 509, "max_position_embeddings": 256},
@@ -146,7 +146,8 @@ def _steps(results: Results, config: Any, hf: Any, runtime: Any, mode: str) -> O
     results.check(
         f"{mode}: the norm of the gradient is that of a step", math.isclose(norms[0], norms[1], rel_tol=1e-2), True
     )
-    _save_and_resume(results, actor, config, hf, mode, (batch, aux))
+    if config.model.dtype == "bfloat16":  # the reference is waited for, and tests/megatron resume in float32
+        _save_and_resume(results, actor, config, hf, mode, (batch, aux))
     return outcome
 
 
