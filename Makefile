@@ -2,6 +2,7 @@
 # make test     formatting, lint, types and every test
 # make test-container   the tests of what touches Megatron-Core and vLLM, with the NeMo container's versions (Python 3.12)
 # make test-latest      the same with the newest versions (Python 3.12)
+# make test-gpu  on a machine with a GPU and the stack installed: kernels against float64, then scripts/gpu_report.py
 # make test-slurm   the batch scripts on a real SLURM of one node, from Debian's packages (needs root)
 # make audit    known vulnerabilities of the locked packages
 # make warmstart    the demo model's initial weights, from nothing
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 RUN ?= runs/$(firstword $(MAKECMDGOALS))-$(shell date +%Y%m%d-%H%M%S)
 RUN := $(RUN)
 
-.PHONY: train test test-container test-latest test-slurm audit warmstart install lock clean
+.PHONY: train test test-container test-latest test-gpu test-slurm audit warmstart install lock clean
 
 train: $(INSTALLED)
 	$(BIN)/python scripts/train_ssopd.py --config-name tiny_cpu run_dir=$(RUN)
@@ -29,6 +30,13 @@ test: $(INSTALLED)
 
 test-container test-latest: test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest tests/megatron tests/test_end_to_end.py
+
+# With the python3 that a container brings, or PYTHON: nothing is installed. Both parts run, whatever the first finds.
+test-gpu:
+	code=0; \
+	$(PYTHON) -m pytest --override-ini addopts= -q tests/gpu || code=1; \
+	$(PYTHON) scripts/gpu_report.py --output $(RUN) || code=1; \
+	cp $(RUN)/gpu_report.md docs/ && exit $$code
 
 test-slurm: $(INSTALLED)
 	tests/slurm/install.sh

@@ -23,18 +23,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib
-import psutil
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
 from nemo_ssopd.ops.clipped_kl import linear_clipped_kl, linear_clipped_kl_with_stats, vocab_parallel_clipped_kl
+from nemo_ssopd.ops.logprobs import linear_logprobs
 
 try:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -105,19 +100,22 @@ class Meter:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else _status_bytes("VmHWM")
 
     def has_room_for(self, num_bytes: float) -> bool:
-        free = torch.cuda.mem_get_info()[0] if self.device == "cuda" else psutil.virtual_memory().available
+        on_cuda = self.device == "cuda"
+        free = torch.cuda.mem_get_info()[0] if on_cuda else _status_bytes("MemAvailable", Path("/proc/meminfo"))
         return num_bytes < 0.9 * free
 
 
-def _status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+def _status_bytes(key: str, table: Path = Path("/proc/self/status")) -> int:
+    line = next(line for line in table.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024
 
 
 def forward_backward(loss_of: Callable[..., Tensor], *inputs: Tensor) -> None:
     """With an upstream gradient that is not uniform, as prompts of different lengths give."""
     loss_T = loss_of(*inputs)
-    upstream_T = torch.linspace(0.5, 1.5, loss_T.numel()).view_as(loss_T) if loss_T.dim() else None
+    upstream_T = None
+    if loss_T.dim():
+        upstream_T = torch.linspace(0.5, 1.5, loss_T.numel(), device=loss_T.device, dtype=loss_T.dtype).view_as(loss_T)
     loss_T.backward(upstream_T)
     for tensor in inputs:
         tensor.grad = None
@@ -163,11 +161,13 @@ def logits_rows(num_tokens: int, vocab: int, dtype: torch.dtype, meter: Meter) -
     return rows
 
 
-def make_fused(num_tokens: int, width: int, hidden_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def make_fused(
+    num_tokens: int, width: int, hidden_size: int, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states of student and teacher, and a weight that makes logits with a standard deviation of 3."""
-    student = torch.randn(num_tokens, hidden_size, device=device, requires_grad=True)
-    teacher = torch.randn(num_tokens, hidden_size, device=device)
-    return student, teacher, torch.randn(width, hidden_size, device=device) * (3 / hidden_size**0.5)
+    student = torch.randn(num_tokens, hidden_size, device=device, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(num_tokens, hidden_size, device=device, dtype=dtype)
+    return student, teacher, torch.randn(width, hidden_size, device=device, dtype=dtype) * (3 / hidden_size**0.5)
 
 
 def fused_contenders(
@@ -204,11 +204,18 @@ def relative_to_products(setting: str, results: dict[str, tuple[float, float]]) 
     ]
 
 
-def fused_rows(num_tokens: int, vocab: int, hidden_size: int, chunk_tokens: int, meter: Meter) -> list[Row]:
+def fused_rows(
+    num_tokens: int,
+    vocab: int,
+    hidden_size: int,
+    chunk_tokens: int,
+    meter: Meter,
+    dtype: torch.dtype = torch.float32,
+) -> list[Row]:
     torch.manual_seed(0)
-    student, teacher, weight = make_fused(num_tokens, vocab, hidden_size, meter.device)
+    student, teacher, weight = make_fused(num_tokens, vocab, hidden_size, meter.device, dtype)
     contenders = fused_contenders(student, teacher, weight, chunk_tokens, None)
-    setting = f"fused, TP=1, T={num_tokens}, H={hidden_size}, chunks of {chunk_tokens}"
+    setting = f"fused, TP=1, T={num_tokens}, H={hidden_size}, chunks of {chunk_tokens}{_unless_float32(dtype)}"
     left_out = []
     if meter.has_room_for(9 * 4 * num_tokens * vocab):
         contenders["plain autograd"] = lambda: forward_backward(
@@ -226,6 +233,41 @@ def fused_rows(num_tokens: int, vocab: int, hidden_size: int, chunk_tokens: int,
             lambda s, t: liger(s, weight, t, weight, labels_T), student, teacher
         )
     return relative_to_products(setting, meter.measure(contenders)) + left_out
+
+
+def _unless_float32(dtype: torch.dtype) -> str:
+    return "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+
+
+def logprob_rows(
+    num_tokens: int, vocab: int, hidden_size: int, chunk_tokens: int, meter: Meter, dtype: torch.dtype = torch.float32
+) -> list[Row]:
+    """Log-probs from hidden states, and the gradient of the hidden states. Ours gives the entropy too."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    hidden, _, weight = make_fused(num_tokens, vocab, hidden_size, meter.device, dtype)
+    targets_T = torch.arange(num_tokens, device=meter.device) % vocab
+
+    def plain(h: Tensor) -> Tensor:
+        logp = (h @ weight.t() / 1.1).float().log_softmax(-1)
+        return logp.gather(1, targets_T.unsqueeze(1)).squeeze(1)
+
+    def ours(h: Tensor) -> Tensor:
+        return linear_logprobs(h, weight, targets_T, temperature=1.1, group=None, chunk_tokens=chunk_tokens)[0]
+
+    setting = f"log-probs, TP=1, T={num_tokens}, H={hidden_size}, chunks of {chunk_tokens}{_unless_float32(dtype)}"
+    contenders: dict[str, Callable[[], None]] = {"ours": lambda: forward_backward(ours, hidden)}
+    rivals = {"torch.compile": torch.compile(plain, dynamic=False), "plain autograd": plain}
+    rows = []
+    for name, rival in rivals.items():
+        if meter.has_room_for(7 * 4 * num_tokens * vocab):
+            contenders[name] = lambda rival=rival: forward_backward(rival, hidden)
+        else:
+            rows.append(Row(setting, name, None, note="does not fit into memory"))
+    best = meter.measure(contenders)
+    for name, (seconds, mib) in best.items():
+        rows.append(Row(setting, name, seconds, mib, f"{seconds / best['ours'][0]:.2f}x ours"))
+    return rows
 
 
 class WireCounter:
@@ -331,6 +373,12 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
+    try:
+        import matplotlib.pyplot as plt  # noqa: PLC0415 -- a GPU machine may lack it
+    except ModuleNotFoundError:
+        print("matplotlib is not installed: no figure")
+        return
+    plt.switch_backend("Agg")
     timed = [row for row in rows if row.seconds is not None]
     settings = list(dict.fromkeys(row.setting for row in timed))
     figure, axes = plt.subplots(len(settings), 2, figsize=(11, 1.9 * len(settings)), squeeze=False)

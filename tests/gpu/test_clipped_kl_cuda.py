@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.gpu_report.kernels import SHAPES, errors
 from nemo_ssopd.algo.distill import clipped_forward_kl
 from nemo_ssopd.ops.clipped_kl import linear_clipped_kl_with_stats, vocab_parallel_clipped_kl
 from nemo_ssopd.ops.logprobs import linear_logprobs
@@ -33,6 +34,13 @@ def test_logits_form(dtype: torch.dtype, num_tokens: int, width: int, inf_share:
     assert oracle.relative_error(results[0][0], expected_T) < 2e-5
     assert oracle.relative_error(results[0][1], expected_grad) < TOLERANCE[dtype]
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("num_tokens", "width"), SHAPES["cuda"])
+def test_each_kernel_on_rows_that_do_not_touch(dtype: torch.dtype, num_tokens: int, width: int) -> None:
+    wrong = {name: pair for name, pair in errors(num_tokens, width, dtype, "cuda").items() if not pair[0] < pair[1]}
+    assert not wrong
 
 
 def test_large_logits_keep_their_precision() -> None:
@@ -68,6 +76,31 @@ def test_fused_forms(needs_weight: bool) -> None:
         grads64 = torch.autograd.grad(value64_T, (hidden64, weight64), upstream_T.double(), retain_graph=True)
         for grad, grad64 in zip(grads, grads64, strict=False):
             assert oracle.relative_error(grad, grad64) < 2e-5
+
+
+@pytest.mark.parametrize("width", [151936, 50021])
+def test_fused_forms_in_bfloat16(width: int) -> None:
+    """Logits are rounded to bfloat16, to 2^-9 of up to 12: nothing beyond that may be lost."""
+    num_tokens, hidden_size, temperature = 37, 64, 1.1
+    hidden, teacher_hidden = (oracle.logits(num_tokens, hidden_size, seed=seed, scale=1.0) for seed in (5, 6))
+    weight = oracle.logits(width, hidden_size, seed=7, scale=0.4)
+    hidden, teacher_hidden, weight = (x.to("cuda", torch.bfloat16) for x in (hidden, teacher_hidden, weight))
+    targets_T = torch.arange(num_tokens, device="cuda") * 1009 % width
+    hidden64 = hidden.double().requires_grad_()
+    logits64 = hidden64 @ weight.double().t() / temperature
+    teacher64 = teacher_hidden.double() @ weight.double().t() / temperature
+    loss64_T = clipped_forward_kl(logits64, teacher64, clip=CLIP)
+    logprobs64_T = logits64.log_softmax(-1).gather(1, targets_T.unsqueeze(1)).squeeze(1)
+    hidden.requires_grad_()
+    settings = {"temperature": temperature, "group": None, "chunk_tokens": 16}
+
+    loss_T, _ = linear_clipped_kl_with_stats(hidden, teacher_hidden, weight, clip=CLIP, **settings)
+    logprobs_T, _ = linear_logprobs(hidden, weight, targets_T, **settings)
+    for value_T, value64_T in ((loss_T, loss64_T), (logprobs_T, logprobs64_T)):
+        assert (value_T.double() - value64_T).abs().max() < 0.15
+        (grad,) = torch.autograd.grad(value_T.sum(), hidden)
+        (grad64,) = torch.autograd.grad(value64_T.sum(), hidden64, retain_graph=True)
+        assert oracle.relative_error(grad, grad64) < 4e-2
 
 
 def test_peak_memory_is_the_gradient() -> None:
