@@ -527,3 +527,8 @@ def wanted_names(root: str) -> list[str]:
 def _inherited_name(target: str) -> list[str]:
     signature = our_signature(target)
     return [signature] if isinstance(signature, str) else []
+
+
+def needed_names(root: str) -> set[str]:
+    """Everything that is recorded of a package."""
+    return {*wanted_names(root), *(callback.key for callback in callbacks(root))}

@@ -2,6 +2,7 @@
 
     python -m tests.contracts.record vllm 0.33.0      # pip downloads the wheel (330 MB), which is then removed
     python -m tests.contracts.record megatron-core    # all its recorded versions again
+    python -m tests.contracts.record vllm --prune     # without a download: drop what our code no longer uses
 
 To support another version of a package: run the first line, run `pytest tests/contracts`, fix what no longer binds, and
 move the range in pyproject.toml. When our code begins to use something that was not recorded, the test names it and the
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.contracts.ours import call_shape, callbacks, wanted_names
+from tests.contracts.ours import call_shape, callbacks, needed_names, wanted_names
 from tests.contracts.tables import PACKAGES
 
 SIGNATURES = Path(__file__).with_name("signatures.json")
@@ -388,10 +389,15 @@ def main() -> None:
     parser.add_argument("versions", nargs="*", help="default: all that were recorded")
     parser.add_argument("--wheels", type=Path, help="a folder with PACKAGE-VERSION.whl, instead of a download")
     parser.add_argument("--remove", action="store_true", help="forget these versions")
+    parser.add_argument("--prune", action="store_true", help="download nothing, and drop names that are not used")
     arguments = parser.parse_args()
     table = read_signatures()
     recorded = table.setdefault(arguments.package, {})
-    for version in arguments.versions or list(recorded):
+    if arguments.prune:
+        needed = needed_names(PACKAGES[arguments.package])
+        for version, names in recorded.items():
+            recorded[version] = {name: text for name, text in names.items() if name in needed}
+    for version in [] if arguments.prune else arguments.versions or list(recorded):
         recorded.pop(version, None)
         if arguments.remove:
             continue

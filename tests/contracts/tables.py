@@ -27,7 +27,6 @@ TYPES: dict[str, str | None] = {
         f"{_CORE}.pipeline_parallel.schedules.forward_backward_no_pipelining"
     ),
     f"{_CORE}.optimizer.get_megatron_optimizer()": _CHAINED,
-    f"{_CHAINED}.chained_optimizers": f"{_CHAINED}.chained_optimizers",
     f"{_CHAINED}.chained_optimizers[]": _PART,
     f"{_CHAINED}.param_groups": None,
     f"{_PART}.optimizer": None,
@@ -35,7 +34,6 @@ TYPES: dict[str, str | None] = {
     f"{_PART}.init_state_fn": None,  # a function that get_megatron_optimizer hands over
     f"{_GPT}.config": _CONFIG,
     f"{_GPT}.decoder": f"{_BLOCK}.TransformerBlock",
-    f"{_BLOCK}.TransformerBlock.layers": f"{_BLOCK}.TransformerBlock.layers",
     f"{_BLOCK}.TransformerBlock.layers[]": _LAYER,
     f"{_BLOCK}.TransformerBlock.final_layernorm": None,
     f"{_GPT}.embedding": f"{_CORE}.models.common.embeddings.language_model_embedding.LanguageModelEmbedding",
@@ -70,7 +68,6 @@ TYPES: dict[str, str | None] = {
     f"{_LLM_ENGINE}.engine_core": "vllm.v1.engine.core_client.InprocClient",
     "vllm.LLM.generate()": "vllm.LLM.generate()",
     "vllm.LLM.generate()[]": "vllm.outputs.RequestOutput",
-    "vllm.outputs.RequestOutput.outputs": "vllm.outputs.RequestOutput.outputs",
     "vllm.outputs.RequestOutput.outputs[]": _OUTPUT,
     f"{_OUTPUT}.token_ids": None,
     f"{_OUTPUT}.logprobs": None,
