@@ -23,11 +23,12 @@ from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import load_hf_weights
 
 ROWS, LENGTH = 2, 64
-NOISE = 1e-5
+LAST_PLACE = 2.0**-24
+UNMEASURED_NOISE = 1e-5
 """Float32's noise where there is no base model to measure it on, in nats."""
-NOISE_LIMIT, UPDATE_LIMIT = 5.0, 1e-3
+NOISE_LIMIT, UPDATE_LIMIT = 10.0, 1e-3
 """A right export is this near to what is expected: times the noise, plus times the update."""
-MEASURABLE = 4.0
+MEASURABLE = 3.0
 """An update is seen when it is this many times what a right export may be off."""
 KEPT_LIMIT = 0.5
 """With less of the update, an export is nearer to the base than to the policy."""
@@ -59,7 +60,7 @@ class Comparison:
     unexplained: float
     """From what the export must be, the policy merged and rounded, to the export."""
     noise: float
-    """From the base by the trainer to the base by transformers: both compute in float32."""
+    """Of float32: from the base by the trainer to the base by transformers, and half a last place of the log-probs."""
     kept: float
     """Share of the update in the export: <export - base, policy - base> / <policy - base, policy - base>."""
 
@@ -118,11 +119,12 @@ def compare_with_export(
     if not runtime.is_main:
         return None
     exported = _logprobs(_load_peft(saved, output) if is_adapter else _load(output), tokens_BS)
-    update, noise, kept = None, NOISE, math.nan
+    update, kept = None, math.nan
+    noise = UNMEASURED_NOISE
     if trained.base is not None:
         step = trained.policy - trained.base
         update = _rms(step)
-        noise = _rms(_logprobs(_load_base(saved), tokens_BS) - trained.base)
+        noise = LAST_PLACE * _rms(trained.base) + _rms(_logprobs(_load_base(saved), tokens_BS) - trained.base)
         kept = float(((exported - trained.base) * step).sum() / step.square().sum())
     return Comparison(
         update=update,
