@@ -72,8 +72,8 @@ def grpo_loss(
         metrics["rollout/logprob_mismatch_max"] = Max(difference_T.max().item())
         ratio_T = importance(inputs.old_logprobs_T, inputs.sampler_logprobs_T)
         exact_T = ratio_T.double()
-        sums = torch.stack((exact_T.sum(), exact_T.square().sum())).tolist()
-        metrics["rollout/effective_sample_size"] = EffectiveShare(*sums, tokens)
+        weights, squares = torch.stack((exact_T.sum(), exact_T.square().sum())).tolist()
+        metrics["rollout/effective_sample_size"] = EffectiveShare(weights, squares, tokens)
         if importance_cap > 0:
             importance_T = ratio_T.clamp(max=importance_cap)
             surrogate_T = surrogate_T * importance_T
