@@ -248,7 +248,7 @@ def simulate(
         },
         tokens=int(lengths.sum()),
         # x of the GPUs generate: rollout / x and training / (1 - x) are equal at their sum.
-        asynchronous=ideal_rollout + training + adapter_refit,
+        asynchronous=ideal_rollout + training + refit,
         balanced_rollout=ideal_rollout,
         adapter_refit=adapter_refit,
     )
