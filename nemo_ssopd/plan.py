@@ -272,6 +272,7 @@ def plan(config: Config, hf: HFModelConfig, machine: Machine) -> MemoryPlan:
     kv_bytes = 2 * hf.num_layers * Widths(hf, engine_tensor(config)).KV * width
     new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens if config.data.eval else 0)
     awake = {"engine weights": engine["engine weights"]} if machine.on_cuda else {}
+    keeps = config.rollout.refit == "adapter"  # otherwise the sleeping engine drops its weights
     return MemoryPlan(
         phases={
             "rollout": {**static, **asleep, **engine},
@@ -283,7 +284,7 @@ def plan(config: Config, hf: HFModelConfig, machine: Machine) -> MemoryPlan:
         kv_bytes_per_token=kv_bytes,
         kv_tokens=int(engine["KV cache"] // kv_bytes),
         longest_request=config.rollout.max_prompt_tokens + new_tokens,
-        host={"engine weights, asleep": engine["engine weights"]} if machine.on_cuda else {},
+        host={"engine weights, asleep": engine["engine weights"]} if machine.on_cuda and keeps else {},
     )
 
 

@@ -248,7 +248,7 @@ def simulate(
         },
         tokens=int(lengths.sum()),
         # x of the GPUs generate: rollout / x and training / (1 - x) are equal at their sum.
-        asynchronous=ideal_rollout + training + adapter_refit,
+        asynchronous=ideal_rollout + training + refit,
         balanced_rollout=ideal_rollout,
         adapter_refit=adapter_refit,
     )
@@ -301,8 +301,8 @@ def _gradient_seconds(config: Config, hf: HFModelConfig, replicas: int, rates: R
 
 
 def _refit_seconds(config: Config, hf: HFModelConfig, rates: Rates, hardware: Hardware) -> tuple[float, float]:
-    """(merged weights, adapters alone). Merged: engine weights to the host and back (sleep level 1), adapters merged
-    in float32, shards gathered over the tensor-parallel group, and copied into the engine."""
+    """(merged weights, adapters alone). Merged: adapters merged in float32, shards gathered over the tensor-parallel
+    group, and copied into the engine. Alone: the engine's weights come back from the host, where it slept with them."""
     tensor, engine, width = config.parallel.tensor, engine_tensor(config), DTYPE_BYTES[config.model.dtype]
     base, engine_bytes = parameters(hf, tensor), parameters(hf, engine) * width
     bandwidth = hardware.memory_bytes_per_s * rates.memory_efficiency
@@ -313,4 +313,4 @@ def _refit_seconds(config: Config, hf: HFModelConfig, rates: Rates, hardware: Ha
     copy = 3 * engine_bytes / bandwidth  # into vLLM's buffers, and from there into its layout
     small = adapters(hf, tensor, config.lora.rank) * width if config.lora.enabled else base * width
     adapters_only = reduce_scatter_s(small * tensor, tensor, link, rates.latency_s) + 2 * small / bandwidth
-    return swap + merge + gather + copy, adapters_only
+    return merge + gather + copy, swap + adapters_only
