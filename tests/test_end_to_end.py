@@ -145,7 +145,7 @@ def test_a_profiled_and_deterministic_run_is_the_same_run(run: Path, tmp_path: P
         start, end, _ = ranges[4]
         assert sum(start <= at <= end for at in matmuls) > 20
         seconds.append({stage: (end - start) / 1e6 for start, end, stage in ranges})
-    assert seconds[0] == pytest.approx({stage: rows[1][f"time/{stage}"] for stage in stages}, rel=0.02, abs=0.02)
+    assert seconds[0] == pytest.approx({stage: rows[1][f"time/{stage}"] for stage in stages}, rel=0.05, abs=0.1)
 
 
 def test_no_auxiliary_weight_is_grpo_bit_for_bit(tmp_path: Path) -> None:
