@@ -12,12 +12,14 @@ import torch
 
 from nemo_ssopd.config import ModelConfig, ParallelConfig
 from nemo_ssopd.hf_config import read_hf_config
+from nemo_ssopd.megatron.actor import MegatronGRPOActor
 from nemo_ssopd.megatron.model import build_model
 from nemo_ssopd.megatron.runtime import DETERMINISTIC, initialize
 from nemo_ssopd.plan import Machine, load, plan
 from nemo_ssopd.rollout import engine
 from nemo_ssopd.train import fixed_cache
 from tests.distributed import run_distributed
+from tests.invariants.recorded import config_for, one_update, record
 
 DEMO = str(Path(__file__).parents[1] / "assets" / "demo_model")
 
@@ -57,6 +59,25 @@ def test_the_switches_of_torch_megatron_and_the_environment() -> None:
     (off,) = run_distributed(switches, 1, False)
     assert off["environment"]["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "1"
     assert (off["torch"], off["matmul"], off["megatron"]) == (False, "high", False)
+
+
+def trained(deterministic: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and weights after two updates of every weight."""
+    config = config_for(DEMO)
+    runtime = initialize(config.parallel, seed=1, deterministic=deterministic)
+    actor = MegatronGRPOActor(config, read_hf_config(DEMO), runtime, pad_id=0)
+    batch = record(DEMO)
+    one_update(actor, batch)
+    loss = one_update(actor, batch).metrics["loss/total"].value()
+    return loss, {name: tensor.clone() for name, tensor in actor.weights()}
+
+
+def test_on_cpu_an_update_has_the_same_bits_with_and_without() -> None:
+    ((loss, weights),) = run_distributed(trained, 1, True)
+    ((loss_without, weights_without),) = run_distributed(trained, 1, False)
+    assert loss == loss_without
+    assert weights.keys() == weights_without.keys() and len(weights) > 20
+    assert [name for name in weights if not torch.equal(weights[name], weights_without[name])] == []
 
 
 @pytest.mark.parametrize("gpu_cache_bytes", [0, 7 * 2**30])

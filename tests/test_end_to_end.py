@@ -133,7 +133,7 @@ def test_a_profiled_and_deterministic_run_is_the_same_run(run: Path, tmp_path: P
     assert sorted(path.name for path in folder.iterdir()) == names
     assert f"in {folder}: trace {names[0]}, no memory snapshot: there is no CUDA" in result.stdout
     stages = {"rollout", "verify", "score", "teacher", "update", "refit"}
-    longest = dict.fromkeys(stages, 0.0)
+    seconds: list[dict[str, float]] = []
     for name in names:
         with gzip.open(folder / name, "rt") as file:
             events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
@@ -144,9 +144,8 @@ def test_a_profiled_and_deterministic_run_is_the_same_run(run: Path, tmp_path: P
         matmuls = [event["ts"] for event in events if event["name"] == "aten::addmm" or event["name"] == "aten::mm"]
         start, end, _ = ranges[4]
         assert sum(start <= at <= end for at in matmuls) > 20
-        for start, end, stage in ranges:
-            longest[stage] = max(longest[stage], (end - start) / 1e6)
-    assert longest == pytest.approx({stage: rows[1][f"time/{stage}"] for stage in stages}, rel=0.02, abs=0.5)
+        seconds.append({stage: (end - start) / 1e6 for start, end, stage in ranges})
+    assert seconds[0] == pytest.approx({stage: rows[1][f"time/{stage}"] for stage in stages}, rel=0.05, abs=0.5)
 
 
 @pytest.mark.parametrize("refit", ["merged", "adapter"])
