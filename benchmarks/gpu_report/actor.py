@@ -274,9 +274,12 @@ def _hide_transformer_engine() -> None:
 @contextmanager
 def _written_out_losses() -> Iterator[None]:
     """Inside, actor and distillation take their log-probs and clipped KL from plain torch."""
+    from nemo_ssopd.algo import objective  # noqa: PLC0415 -- after Transformer Engine is hidden
+    from nemo_ssopd.megatron import actor  # noqa: PLC0415
+
     with (
-        patch("nemo_ssopd.megatron.actor.linear_logprobs", _plain_logprobs),
-        patch("nemo_ssopd.algo.objective.linear_clipped_kl_with_stats", _plain_clipped_kl),
+        patch.object(actor, "linear_logprobs", _plain_logprobs),
+        patch.object(objective, "linear_clipped_kl_with_stats", _plain_clipped_kl),
     ):
         yield
 
