@@ -36,7 +36,8 @@ def random_model(folder: Path, shape: dict[str, Any], *, device: str) -> Path:
         values = 1 + 0.1 * values if is_norm else values * (spread / size[-1] ** 0.5)
         tensors[name] = values.to("cpu", torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "half_written", metadata={"format": "pt"})
+    (folder / "half_written").rename(folder / "model.safetensors")  # a step may be killed at any time
     return folder
 
 
