@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[1]
 PAGE, MODEL = ROOT / "docs" / "benchmarks.md", ROOT / "assets" / "demo_model"
+CURVES, SMOOTHED = ROOT / "docs" / "images" / "dtypes.png", 5
 RATE, STEPS, RANK, SCALE = 5e-6, (1, 10, 100), 16, 2.0
 ROWS, LENGTH = 16, 64
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +44,8 @@ def main() -> None:
     sections = {"visible": visible_table([visible(name, steps) for name in HALF for steps in STEPS])}
     if arguments.runs:
         sections["dtypes"] = runs_table(arguments.runs)
+        if not arguments.no_write:
+            draw(arguments.runs, CURVES)
     for name, text in sections.items():
         print(text)
         if not arguments.no_write:
@@ -211,6 +214,8 @@ def runs_table(folder: Path) -> str:
         "mismatch and effective sample size over all steps, the share of the update that the merged weights hold,",
         "projected on the exact one, after 5 and after 20 steps. On CPU.",
         "",
+        f"![training reward by step, mean of {SMOOTHED} steps and range over the seeds](images/dtypes.png)",
+        "",
         "| type, rate | seeds | Avg@12 | mismatch, mean | worst step | worst token | effective sample size | visible, "
         "5 steps | 20 steps | skipped |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -225,6 +230,31 @@ def runs_table(folder: Path) -> str:
             f"| {mean['skipped']:g} |"
         )
     return "\n".join(lines)
+
+
+def draw(folder: Path, path: Path) -> None:
+    """Training reward by step: a panel for each rate, a line for each type, its range over the seeds shaded."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415 -- the other table needs none
+
+    plt.switch_backend("Agg")
+    arms: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for record in sorted(folder.glob("*/seed_*/finished.json")):
+        rows = [json.loads(line) for line in (record.parent / "metrics.jsonl").read_text().splitlines()]
+        rewards = torch.tensor([row["reward/mean"] for row in rows if row["step"] > 0])
+        name, rate, *more = record.parent.parent.name.split("_")
+        arms[rate][" ".join([name, *more])].append(rewards.unfold(0, SMOOTHED, 1).mean(-1))
+    figure, panels = plt.subplots(1, len(arms), figsize=(4 * len(arms), 3), sharey=True, squeeze=False)
+    for panel, rate in zip(panels[0], sorted(arms, key=float), strict=True):
+        for name, curves in sorted(arms[rate].items()):
+            runs = torch.stack(curves)
+            steps = range(SMOOTHED, SMOOTHED + runs.shape[1])
+            panel.plot(steps, runs.mean(0), label=name)
+            panel.fill_between(steps, runs.amin(0), runs.amax(0), alpha=0.12)
+        panel.set(title=f"rate {rate}", xlabel="step")
+        panel.legend(fontsize=7)
+    panels[0][0].set_ylabel("training reward")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
 
 
 def run_figures(folder: Path, runtime: Any) -> dict[str, float]:
