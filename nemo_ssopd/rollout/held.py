@@ -66,6 +66,12 @@ def _first(whole: int, local: int, layer: Any) -> int:
     return 0 if whole == local else layer.tp_rank * (whole // local) // layer.tp_size * local
 
 
+def _own_tokens(embedding: Any) -> tuple[int, int]:
+    """The first token that this rank has a row of, and the first after the last."""
+    shard = embedding.shard_indices
+    return shard.org_vocab_start_index, shard.org_vocab_end_index
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where this rank's part of a tensor lies in vLLM's model: some rows of a layer's weight, or of its bias.
@@ -88,8 +94,7 @@ class _Place:
         own = [index for index, column in enumerate(sampled) if start <= column < start + width]
         found = self._columns([sampled[index] - start for index in own], width, packed=packed, like=sent.values)
         if sent.is_vocabulary:
-            shard = self.layer.shard_indices
-            first, last = shard.org_vocab_start_index, shard.org_vocab_end_index
+            first, last = _own_tokens(self.layer)
             found = found[: last - first]  # below are padded rows
         else:
             first = _first(sent.shape[0], len(found), self.layer)
@@ -101,7 +106,7 @@ class _Place:
 
     def _columns(self, columns: list[int], width: int, *, packed: bool, like: torch.Tensor) -> torch.Tensor:
         if not packed:
-            return self.layer.weight[self.rows, columns]
+            return self.layer.get_parameter(self.kind)[self.rows, columns]
         one_hot = torch.zeros(len(columns), width, dtype=like.dtype)
         one_hot[range(len(columns)), columns] = 1
         return self.layer.quant_method.apply(self.layer, one_hot).T[self.rows]

@@ -190,7 +190,7 @@ class _Object:
 
 @dataclass(frozen=True)
 class _Several:
-    """A tuple's elements, or what `super()` may be."""
+    """A tuple's elements, or what an object or `super()` may be."""
 
     each: tuple[_Value, ...]
 
@@ -473,8 +473,10 @@ def _declared(key: str, otherwise: _Value = None) -> _Value:
     if key not in TYPES:
         return otherwise
     _read_types.add(key)
-    name = TYPES[key]
-    return _Object(name) if name else None
+    types = TYPES[key]
+    if isinstance(types, tuple):
+        return _Several(tuple(_Object(each) for each in types))
+    return _Object(types) if types else None
 
 
 _read_types: set[str] = set()

@@ -15,14 +15,27 @@ _ATTENTION, _MLP = f"{_CORE}.transformer.attention.SelfAttention", f"{_CORE}.tra
 _COLUMN, _ROW = f"{_CORE}.tensor_parallel.ColumnParallelLinear", f"{_CORE}.tensor_parallel.layers.RowParallelLinear"
 _CHAINED, _PART = f"{_CORE}.optimizer.ChainedOptimizer", f"{_CORE}.optimizer.distrib_optimizer.DistributedOptimizer"
 _TENSOR = f"{_CORE}.dist_checkpointing.mapping.ShardedTensor"
+_OF_ACTORS = ("_spread_adapters", "_adam", "_weights")
 _ENGINE, _LLM_ENGINE = "nemo_ssopd.rollout.engine.RolloutEngine", "vllm.v1.engine.llm_engine.LLMEngine"
-_RUNNER = "vllm.v1.worker.gpu_model_runner.GPUModelRunner"
+_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+_RUNNERS = ("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "vllm.v1.worker.gpu.model_runner.GPUModelRunner")
+_LORA_WORKER = "vllm.lora.worker_manager.LRUCacheWorkerLoRAManager"
+_LORA_MANAGER = "vllm.lora.model_manager.LRUCacheLoRAModelManager"
+_LORA_LINEAR, _LINEAR = "vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA", "vllm.model_executor.layers.linear"
+_LINEARS_HELD = (f"{_LINEAR}.ColumnParallelLinear", f"{_LINEAR}.RowParallelLinear")
+_VOCABULARY, _HELD = "vllm.model_executor.layers.vocab_parallel_embedding", "nemo_ssopd.rollout.held"
+_METHODS = (f"{_LINEAR}.UnquantizedLinearMethod", f"{_VOCABULARY}.UnquantizedEmbeddingMethod")
+_MODELS = tuple(
+    f"vllm.model_executor.models.{name}ForCausalLM" for name in ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3")
+)
 _OUTPUT = "vllm.outputs.CompletionOutput"
-_HEAD = "vllm.model_executor.layers.vocab_parallel_embedding.ParallelLMHead"
+_HEAD = f"{_VOCABULARY}.ParallelLMHead"
 
-# What an attribute or a local variable is, `f()` returns, and `x[]` holds. None: a tensor, or another thing of torch.
-TYPES: dict[str, str | None] = {
+# What an attribute or a local variable is, `f()` returns, and `x[]` holds. None: a tensor, or another thing of torch or
+# of Python. Several: it may be of each of these classes, so what is read must be in all of them.
+TYPES: dict[str, str | tuple[str, ...] | None] = {
     f"{_OURS}.actor.MegatronGRPOActor.optimizer": _CHAINED,
+    **{f"benchmarks.gpu_report.actor.{name}.actor": f"{_OURS}.actor.MegatronGRPOActor" for name in _OF_ACTORS},
     f"{_CORE}.pipeline_parallel.get_forward_backward_func()": (
         f"{_CORE}.pipeline_parallel.schedules.forward_backward_no_pipelining"
     ),
@@ -31,6 +44,7 @@ TYPES: dict[str, str | None] = {
     f"{_CHAINED}.param_groups": None,
     f"{_PART}.optimizer": None,
     f"{_PART}.param_groups": None,
+    f"{_PART}.config": f"{_CORE}.optimizer.OptimizerConfig",
     f"{_PART}.init_state_fn": None,  # a function that get_megatron_optimizer hands over
     f"{_GPT}.config": _CONFIG,
     f"{_GPT}.decoder": f"{_BLOCK}.TransformerBlock",
@@ -60,10 +74,12 @@ TYPES: dict[str, str | None] = {
     f"{_CORE}.packed_seq_params.PackedSeqParams.cu_seqlens_q": None,
     f"{_OURS}.checkpoint._with_data.weight": _TENSOR,
     f"{_OURS}.model.hidden_states.model": _GPT,
-    f"{_ENGINE}._completion.output": _OUTPUT,
-    f"{_ENGINE}._completion.step": f"{_OUTPUT}.logprobs[]",
-    f"{_ENGINE}.load_weights.reload.worker": "vllm.v1.worker.gpu_worker.Worker",
+    "nemo_ssopd.rollout.engine._completion.output": _OUTPUT,
+    "nemo_ssopd.rollout.engine._completion.step": f"{_OUTPUT}.logprobs[]",
+    f"{_ENGINE}.load_weights.reload.worker": _WORKER,
     f"{_ENGINE}.load_weights.reload.head": _HEAD,
+    f"{_ENGINE}.load_adapter.activate.worker": _WORKER,
+    f"{_ENGINE}.differing.compare.worker": _WORKER,
     "vllm.LLM.llm_engine": _LLM_ENGINE,
     f"{_LLM_ENGINE}.engine_core": "vllm.v1.engine.core_client.InprocClient",
     "vllm.LLM.generate()": "vllm.LLM.generate()",
@@ -72,9 +88,28 @@ TYPES: dict[str, str | None] = {
     f"{_OUTPUT}.token_ids": None,
     f"{_OUTPUT}.logprobs": None,
     f"{_OUTPUT}.logprobs[][]": "vllm.logprobs.Logprob",
-    f"{_HEAD}.quant_method": "vllm.model_executor.layers.vocab_parallel_embedding.UnquantizedEmbeddingMethod",
-    "vllm.v1.worker.gpu_worker.Worker.model_runner": _RUNNER,
+    f"{_HEAD}.quant_method": f"{_VOCABULARY}.UnquantizedEmbeddingMethod",
+    f"{_WORKER}.model_runner": _RUNNERS,
+    **{f"{runner}.lora_manager": _LORA_WORKER for runner in _RUNNERS},
+    f"{_LORA_WORKER}._adapter_manager": _LORA_MANAGER,
+    "vllm.lora.lora_model.LoRAModel.from_lora_tensors()": "vllm.lora.lora_model.LoRAModel",
+    # What `held` compares with.
+    f"{_HELD}.differing_adapters.manager": _LORA_MANAGER,
+    **{f"{_LORA_MANAGER}.{name}": None for name in ("lora_index_to_id", "modules", "packed_modules")},
+    f"{_HELD}._holds_matrix.layer": _LORA_LINEAR,
+    **{f"{_LORA_LINEAR}.{name}": None for name in ("lora_a_stacked", "lora_b_stacked")},
+    f"{_HELD}._first.layer": (*_LINEARS_HELD, _LORA_LINEAR),
+    f"{_HELD}._places.model": _MODELS,
+    **{f"{model}.packed_modules_mapping": None for model in _MODELS},
+    f"{_HELD}._places.layer": f"{_LINEAR}.ColumnParallelLinear",
+    f"{_HELD}._Place.layer": _LINEARS_HELD,
+    **{f"{layer}.quant_method": _METHODS for layer in _LINEARS_HELD},  # or the output layer's
+    f"{_HELD}._own_tokens.embedding": f"{_VOCABULARY}.VocabParallelEmbedding",
+    f"{_VOCABULARY}.VocabParallelEmbedding.shard_indices": f"{_VOCABULARY}.VocabParallelEmbeddingShardIndices",
 }
+
+# Classes that are older than their use in the package: the first version recorded that uses them.
+USED_FROM = {_RUNNERS[1]: "0.32.0"}
 
 # Classes that are mixed into others when they run: what `super()` and `self` then are.
 MIXED_INTO = {

@@ -15,15 +15,15 @@ import pytest
 
 from tests.contracts import ours
 from tests.contracts.record import of_version, read_signatures
-from tests.contracts.tables import FORWARDS, PACKAGES, Callback
+from tests.contracts.tables import FORWARDS, PACKAGES, USED_FROM, Callback
 
 TABLE = read_signatures()
 VERSIONS = [(package, version) for package, versions in TABLE.items() for version in versions]
 
 # What our objects inherit from classes of other packages: torch does not rename these.
 _MODULE = frozenset(
-    "forward get_submodule load_state_dict modules named_modules named_parameters register_forward_hook requires_grad_ "
-    "state_dict to".split()
+    "forward get_parameter get_submodule load_state_dict modules named_modules named_parameters parameters "
+    "register_forward_hook requires_grad_ state_dict to".split()
 )
 INHERITED = {
     "torch.nn.Module": _MODULE,
@@ -78,6 +78,12 @@ def bind(signature: inspect.Signature, shape: str, bound: tuple[str, ...] = ()) 
     return None
 
 
+def is_met(name: str, version: str) -> bool:
+    """Whether our code meets the class of a name in this version of its package."""
+    first = next((first for owner, first in USED_FROM.items() if ours.is_under(name, owner)), version)
+    return [*map(int, version.split("."))] >= [*map(int, first.split("."))]
+
+
 def misfit(package: str, version: str, name: str, shape: str | None) -> str | None:
     """Why a use of a name fails, or None."""
     text = entry(package, version, name)
@@ -130,7 +136,7 @@ def _fail_if(failures: list[str]) -> None:
 
 @pytest.mark.parametrize(("package", "version"), VERSIONS)
 def test_our_calls_bind(package: str, version: str) -> None:
-    uses = [use for use in ours.uses() if ours.is_under(use.name, PACKAGES[package])]
+    uses = [use for use in ours.uses() if ours.is_under(use.name, PACKAGES[package]) and is_met(use.name, version)]
     failures = []
     for use in uses:
         if why := misfit(package, version, use.name, use.shape):
@@ -196,8 +202,8 @@ def _package(name: str) -> str | None:
 def _bound(target: str) -> tuple[str, ...]:
     """Arguments that `functools.partial` has given before the call arrives."""
     return {
-        "nemo_ssopd.megatron.actor.MegatronGRPOActor._forward_step": ("batch", "token_loss", "aux"),
-        "nemo_ssopd.megatron.actor.MegatronGRPOActor._loss": ("packed", "batch", "token_loss", "aux"),
+        "nemo_ssopd.megatron.actor.MegatronGRPOActor._forward_step": ("counts", "token_loss", "aux"),
+        "nemo_ssopd.megatron.actor.MegatronGRPOActor._loss": ("packed", "inputs", "counts", "token_loss", "aux"),
     }.get(target, ())
 
 
@@ -296,6 +302,12 @@ def f(model: GPTModel | None, **more):
     }
     (problem,) = found.problems
     assert "what is megatron.core.models.gpt.GPTModel.rotary_pos_emb?" in problem
+
+
+def test_a_class_that_is_met_later() -> None:
+    ((later, first),) = USED_FROM.items()
+    assert is_met(f"{later}.get_model", first) and is_met(f"{later}.get_model", "0.100.0")
+    assert not is_met(f"{later}.get_model", "0.20.1") and is_met("vllm.LLM.generate", "0.20.1")
 
 
 def test_entries_per_version() -> None:
