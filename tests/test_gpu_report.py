@@ -163,8 +163,9 @@ sys.meta_path.insert(0, Hiding())
 
 
 def stages(folder: Path, *names: str, **environment: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, "scripts/gpu_report.py", "--device", "cpu", "--output", str(folder), "--stages", *names]
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, timeout=400)
+    command = [sys.executable, "scripts/gpu_report.py", "--device", "cpu", "--seconds", "900", "--output", str(folder)]
+    command += ["--stages", *names]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, timeout=950)
     return result.returncode, json.loads((folder / "gpu_report.json").read_text())
 
 
