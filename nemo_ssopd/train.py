@@ -475,8 +475,8 @@ def check_refit(trainer: Trainer, step: int) -> None:
     own = float((changed - real).abs().mean()), float((sampled - changed).abs().mean())
     everywhere: list[Any] = [None] * trainer.runtime.world_size
     dist.all_gather_object(everywhere, own, group=trainer.runtime.cpu_group)
-    moved, away = max(everywhere, key=lambda pair: pair[1] / pair[0])
-    if not away < moved / 2:
+    if wrong := [(moved, away) for moved, away in everywhere if not away < moved / 2]:  # NaN is wrong too
+        moved, away = wrong[0]
         raise UnhealthyRun(
             f"refit: a change of the weights that moves log-probs by {moved:.3g} nats per token leaves the engine "
             f"{away:.3g} away: it does not sample from the weights that it was sent. This is an error in the engine or "

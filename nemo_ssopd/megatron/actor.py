@@ -46,6 +46,9 @@ from nemo_ssopd.types import Sequence as TokenSequence
 # would begin with steps that are skipped. (ours)
 LOSS_SCALE, LOSS_SCALE_WINDOW = 2.0**16, 1000
 
+CHANGE = 0.1
+"""Standard deviation of what `changed` adds. At rank 64 an adapter's output is then as large as its input."""
+
 MakeInputs: TypeAlias = Callable[..., TokenInputs]
 """Completes what is known of a micro-batch's tokens by `logprobs_T` and `entropy_T`."""
 
@@ -127,11 +130,17 @@ class MegatronGRPOActor:
     def changed(self) -> Iterator[None]:
         """Inside, the policy is another one, far away, and the same on every rank: see `train.check_refit`.
 
-        Adapters are moved, or where all weights train, those of the norms: they are small.
+        Adapters' B are moved, or where all weights train, those of the norms: they are small. By random numbers: what
+        one constant adds to every element of B has one sign in all outputs, and squares from layer to layer, to 1e6
+        where float16 ends at 65 504.
         """
-        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        small = trained if self._initial is None else {name: p for name, p in trained.items() if p.dim() == 1}
-        with _swapped(self.model, {name: parameter.detach() / 2 + 0.02 for name, parameter in small.items()}):
+        generator = torch.Generator(self.runtime.device).manual_seed(1)
+        moved = {}
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(".B") if self._initial is None else parameter.dim() == 1:
+                noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+                moved[name] = parameter.detach() / 2 + CHANGE * noise.to(parameter.dtype)
+        with _swapped(self.model, moved):
             yield
 
     # The optimizer step.

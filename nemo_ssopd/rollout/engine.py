@@ -162,7 +162,7 @@ class RolloutEngine:
         self._llm.collective_rpc(reload)
         leftover = next(iterator, None)
         assert leftover is None, f"the engine stopped reading weights before {leftover[0]}"
-        self._llm.reset_prefix_cache()
+        self._forget_prefixes()
         self.policy_version = policy_version
 
     def load_adapter(self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
@@ -193,7 +193,7 @@ class RolloutEngine:
         if self._adapter is not None:
             self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
         self._adapter = None
-        self._llm.reset_prefix_cache()
+        self._forget_prefixes()
         self.policy_version = policy_version
 
     def differing(self, sent: Mapping[str, SentTensor]) -> list[str]:
@@ -223,6 +223,10 @@ class RolloutEngine:
         """Shut the engine down. vLLM 0.32 then destroys every process group, the default one included; 0.20 none."""
         with nullcontext() if self._on_gpu else _nothing_to_wait_for():
             self._llm.llm_engine.engine_core.shutdown()
+
+    def _forget_prefixes(self) -> None:
+        was_reset = self._llm.reset_prefix_cache()
+        assert was_reset, "a request still holds keys and values of the weights before"
 
     def _wake(self, tags: frozenset[str]) -> None:
         if needed := sorted(tags & self._asleep):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
 from nemo_ssopd.config import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.health import UnhealthyRun
@@ -152,6 +152,38 @@ def examine(path: str, mode: str, tensor: int) -> Findings:
     return Findings(
         mismatch_good, mismatch_stale, float(visible), nothing, unnamed, sent, check, asleep, is_restored=is_restored
     )
+
+
+def test_the_changed_policy_is_far_away_and_finite_in_float16(tmp_path: Path) -> None:
+    """At a width and rank where one constant, added to all elements of A and B, gives 2e5: float16 ends at 65 504."""
+    shape = {"vocab_size": 96, "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 64}
+    AutoModelForCausalLM.from_config(Qwen3Config(**shape, **heads)).save_pretrained(tmp_path)
+    [(largest, moved)] = run_distributed(changed_policy, 1, str(tmp_path))
+    assert largest < 100, "as hidden states of the real policy are"
+    assert moved > 0.3
+
+
+def changed_policy(path: str) -> tuple[float, float]:
+    """The largest of the hidden states, before the last norm, and by how much log-probs move."""
+    parallel = ParallelConfig(world_size=1, tensor=1)
+    runtime = initialize(parallel, seed=1)
+    config = Config(
+        run_dir="",
+        model=ModelConfig(path=path, dtype="float16", recompute=False),
+        lora=LoraConfig(rank=64, alpha=128.0),
+        parallel=parallel,
+        data=DataConfig(train="train.jsonl"),
+    )
+    actor = MegatronGRPOActor(config, read_hf_config(path), runtime, pad_id=0)
+    seen: list[float] = []
+    with actor.changed():
+        handle = actor.model.decoder.final_layernorm.register_forward_pre_hook(
+            lambda _, inputs: seen.append(float(inputs[0].abs().max()))
+        )
+        changed = logprobs(actor, fixed_sequences(actor))
+        handle.remove()
+    return max(seen), float((changed - logprobs(actor, fixed_sequences(actor))).abs().mean())
 
 
 def move_adapters(actor: MegatronGRPOActor, steps: int) -> None:
