@@ -30,6 +30,7 @@ def prepare_smollm2(output: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = _installed() or _downloaded(Path(scratch))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+        tokenizer.eos_token = "<|im_end|>"  # as the file says; transformers 5.17 reads another
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )

@@ -25,12 +25,17 @@ os.environ.setdefault("VLLM_PLUGINS", "")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import vllm
+from packaging.version import Version
 from vllm import LLM, SamplingParams
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM 0.20 to 0.33
+ADDS_ADAPTERS_RIGHT = Version("0.32")
+"""On several ranks vLLM 0.20 gathers what is whole already, and on CUDA adds garbage without a word (its issue 45691).
+This is the oldest version in which we have read the mend."""
 
 
 class RolloutEngine:
@@ -63,6 +68,11 @@ class RolloutEngine:
         With `gpu_cache_bytes`, batches depend on the requests alone: the cache does not follow the memory that is free,
         nor what is batched the clock.
         """
+        if lora_rank and tensor > 1 and Version(vllm.__version__) < ADDS_ADAPTERS_RIGHT:
+            raise ValueError(
+                f"rollout.refit=adapter with engines of tensor-parallel size {tensor}: vLLM {vllm.__version__} adds "
+                f"adapters wrongly there. Use rollout.refit=merged, or rollout.tensor=1, or vLLM {ADDS_ADAPTERS_RIGHT}"
+            )
         on_gpu = torch.cuda.is_available()
         memory: dict[str, Any] = (
             {

