@@ -47,7 +47,8 @@ from nemo_ssopd.types import Sequence as TokenSequence
 LOSS_SCALE, LOSS_SCALE_WINDOW = 2.0**16, 1000
 
 CHANGE = 0.1
-"""Standard deviation of what `changed` adds. At rank 64, alpha 128 an adapter's output is then as large as its input."""
+"""Standard deviation of what `changed` adds. At rank 64, alpha 128 an adapter's output is then as large as its input
+(ours)."""
 
 MakeInputs: TypeAlias = Callable[..., TokenInputs]
 """Completes what is known of a micro-batch's tokens by `logprobs_T` and `entropy_T`."""
