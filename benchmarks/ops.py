@@ -36,7 +36,6 @@ try:
 except ImportError:
     LigerFusedLinearJSDLoss = None
 try:
-    from megatron.core import parallel_state
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 except ImportError:
     LogitsKLLoss = None
@@ -326,6 +325,8 @@ def logits_rows_of_shards(num_tokens: int, width: int, meter: Meter, group: Any)
     if LogitsKLLoss is None:
         left_out.append(Row(setting, MODELOPT, None))
     else:
+        from megatron.core import parallel_state  # noqa: PLC0415 -- slow, and modelopt is seldom there
+
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
         config = SimpleNamespace(tensor_model_parallel_size=2, sequence_parallel=False)
         rival = LogitsKLLoss.__new__(LogitsKLLoss)  # its constructor wants a whole Megatron configuration

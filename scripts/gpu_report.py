@@ -57,10 +57,10 @@ STEPS = (
     Step("actor", "actor, local layers", f"{PACKAGE}.actor:local_layers", 50),
     Step("actor", "actor, compared", f"{PACKAGE}.actor:compare", 30),
     Step("model", "model", f"{PACKAGE}.model:run", 70),
-    Step("engine", "engine, adapter refit", f"{PACKAGE}.engine:run", 90, ("adapter",)),
-    Step("engine", "engine, merged refit", f"{PACKAGE}.engine:run", 75, ("merged",)),
-    Step("run", "run, merged refit", f"{PACKAGE}.training:run", 75, ("merged", "first")),
-    Step("run", "run, resumed with adapter refit", f"{PACKAGE}.training:run", 75, ("adapter", "second")),
+    Step("engine", "engine, adapter refit", f"{PACKAGE}.engine:run", 130, ("adapter",)),
+    Step("engine", "engine, merged refit", f"{PACKAGE}.engine:run", 110, ("merged",)),
+    Step("run", "run, merged refit", f"{PACKAGE}.training:run", 110, ("merged", "first")),
+    Step("run", "run, resumed with adapter refit", f"{PACKAGE}.training:run", 110, ("adapter", "second")),
 )
 
 

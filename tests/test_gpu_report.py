@@ -195,12 +195,13 @@ def test_missing_packages_are_skipped_by_name(tmp_path: Path) -> None:
     code, report = stages(
         tmp_path / "out",
         "actor",
+        "run",
         PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
         HIDDEN="megatron,hydra",
     )
     assert code == 0
     steps = report["steps"]
-    for name in ("actor", "actor, float32 on the CPU"):
+    for name in ("actor", "actor, float32 on the CPU", "run, merged refit", "run, resumed with adapter refit"):
         assert steps[name]["status"] == "skipped", steps[name]
         assert steps[name]["reason"] in ("hydra is not installed", "megatron is not installed")
     skipped = [row["name"] for row in steps["actor, compared"]["results"]]

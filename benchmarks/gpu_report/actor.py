@@ -167,9 +167,9 @@ def _save_and_resume(results: Results, actor: Any, config: Any, hf: Any, mode: s
     results.add(
         f"{mode}: gradient norms of a step after resume, relative difference", abs(norms[0] / norms[1] - 1), below=1e-2
     )
-    results.add(
-        f"{mode}: weights one step after resume, largest difference", _difference(actor, resumed, _weights), below=2e-3
-    )
+    # At most two rates apart, where a sign differs. Those in bfloat16 may differ by its grid: up to 8e-3 at 1.
+    apart = _difference(actor, resumed, _float32_weights)
+    results.add(f"{mode}: float32 weights one step after resume, largest difference", apart, below=2e-3)
 
 
 def _spread_adapters(actor: Any) -> None:
@@ -239,6 +239,12 @@ def _adam_steps(actor: Any) -> set[int]:
 
 def _weights(actor: Any) -> Iterator[Tensor]:
     yield from actor.model.parameters()
+
+
+def _float32_weights(actor: Any) -> Iterator[Tensor]:
+    """The optimizer's own."""
+    for group in _adam(actor).param_groups:
+        yield from group["params"]
 
 
 def _moments(actor: Any) -> Iterator[Tensor]:

@@ -6,17 +6,33 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.gpu_report.stage import Results
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"cuda": {"first": 6, "second": 9}, "cpu": {"first": 1, "second": 2}}
+NEEDED = (
+    "hydra",
+    "omegaconf",
+    "nemo",
+    "datasets",
+    "megatron",
+    "vllm",
+    "math_verify",
+    "tensorboard",
+    "matplotlib",
+    "scipy",
+)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run(results: Results, refit: str, part: str) -> None:
     """`part` is first, or second: the same run, resumed."""
+    for name in NEEDED:
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     run_dir, steps = results.folder / "run", STEPS[results.device][part]
     command = [sys.executable, "scripts/train_ssopd.py", "--config-name", "tiny_cpu", f"run_dir={run_dir}"]
     command += ["parallel.world_size=1", "parallel.tensor=1", "rollout.tensor=1", "model.dtype=bfloat16"]

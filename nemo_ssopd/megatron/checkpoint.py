@@ -114,7 +114,9 @@ class CheckpointSaver:
         if config.trainer.async_save:
             # The thread's collectives must not mix with those of the training steps.
             self._runtime = replace(actor.runtime, cpu_group=dist.new_group(backend="gloo"))
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+            self._thread = ThreadPoolExecutor(
+                max_workers=1, thread_name_prefix="checkpoint", initializer=actor.runtime.use_device
+            )
         self._writing: Future[None] | None = None
         self._best: float | None = on_main(actor.runtime, lambda: best_score(self._parent))
 

@@ -94,6 +94,11 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def use_device(self) -> None:
+        """Call it in each thread that may reach CUDA: a thread begins on the first GPU, which is another process's."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def gather_tp(self, shard: torch.Tensor, dim: int) -> torch.Tensor:
         """The shards of all tensor-parallel ranks, joined along `dim`, on every one of them. Not differentiable."""
         if self.tp_size == 1:

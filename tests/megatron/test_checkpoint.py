@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,6 +283,17 @@ def test_a_save_in_the_background_is_of_the_moment_it_began(runs: Runs, tmp_path
             assert grad_norms[0] == grad_norms[1], "the optimizer's state is that moment's too"
 
 
+def test_the_background_thread_stays_on_its_own_gpu(tmp_path: Path) -> None:
+    """torch's writer asks CUDA for the thread's stream, also for copies in host memory. New threads begin on GPU 0."""
+    config = Config(
+        run_dir=str(tmp_path),
+        model=ModelConfig(path=""),
+        data=DataConfig(train="train.jsonl"),
+        trainer=TrainerConfig(async_save=True),
+    )
+    assert run_distributed(devices_in_the_background, 1, config) == [[("checkpoint_0", "cuda:3")]]
+
+
 def test_an_error_in_the_background_comes_up_on_every_rank(runs: Runs, tmp_path: Path) -> None:
     config = replace(
         runs["tp2, adapters"].config, run_dir=str(tmp_path), trainer=TrainerConfig(async_save=True, keep_checkpoints=1)
@@ -485,6 +497,18 @@ def save_in_the_background(config: Config) -> tuple[Tensors, list[str], Tensors,
     assert load_checkpoint(actor, config) == state
     loaded = _weights(actor)
     return saved, seen, loaded, [grad_norm, _update(actor, state)[1]]
+
+
+def devices_in_the_background(config: Config) -> list[tuple[str, str]]:
+    """By thread, for the fourth of a node's processes on GPUs that are not there."""
+    runtime = replace(initialize(ONE, seed=1), device=torch.device("cuda", 3))
+    actor: Any = SimpleNamespace(runtime=runtime)
+    chosen: list[tuple[str, str]] = []
+    torch.cuda.set_device = lambda device: chosen.append((threading.current_thread().name, str(device)))
+    with CheckpointSaver(actor, config) as saver:
+        assert saver._thread is not None
+        saver._thread.submit(int).result()
+    return chosen
 
 
 def fail_in_the_background(config: Config) -> tuple[str, list[str]]:
