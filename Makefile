@@ -54,7 +54,9 @@ warmstart: $(INSTALLED)
 
 install: $(INSTALLED)
 
-.venv-%/.installed: PYTHON := python3.12
+# pyenv's python3.12 may be there without being the one that it has switched on.
+.venv-%/.installed: PYTHON = $(or $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+    $$python -c pass 2>/dev/null && echo $$python && break; done),python3.12)
 .venv-%/.installed: SUPPORTED := 3.12
 .venv-container/.installed: requirements/container.txt
 .venv-latest/.installed: requirements/latest.txt
