@@ -29,7 +29,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 test-container test-latest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest tests/megatron tests/test_end_to_end.py
+	.venv-$*/bin/python -m pytest tests/megatron tests/checkpoint tests/convert tests/test_end_to_end.py
 
 # With the python3 that a container brings, or PYTHON: nothing is installed. Both parts run, whatever the first finds.
 test-gpu:

@@ -2,7 +2,7 @@
 
 For each run it starts the config's processes, builds the policy and the engine, refits it, trains on a full
 micro-batch of sequences of the longest length the config allows, and compares rank 0's resident set with
-`nemo_ssopd.plan`. Peaks are the kernel's own (VmHWM, reset before each stage). Needs Linux, and what
+`tools.memory_plan`. Peaks are the kernel's own (VmHWM, reset before each stage). Needs Linux, and what
 scripts/prepare_smollm2.py makes.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 NOTE = (
-    "MiB of rank 0, predicted by `nemo_ssopd/plan.py` and measured as growth of the\nresident set over the stage "
+    "MiB of rank 0, predicted by `tools/memory_plan.py` and measured as growth of the\nresident set over the stage "
     "before (peaks: above what stays). About 9 MiB\n"
     "of every build and 120 MiB of every first update, which loads Numba's compiler, are not tensors."
 )
@@ -57,7 +57,7 @@ HEADER = ("\n| run | stage | predicted | measured | measured / predicted |", "|-
 def measured_rows(run: list[str]) -> str:
     """Table lines of one run, measured in processes of its own."""
     sys.path.insert(0, str(ROOT))
-    from nemo_ssopd.config import as_dataclasses, compose_run  # noqa: PLC0415 -- the parent needs nothing heavier
+    from nemo_ssopd.config.run import as_dataclasses, compose_run  # noqa: PLC0415 -- the parent needs nothing heavier
 
     name, *overrides = run
     processes = as_dataclasses(compose_run(name, overrides)).parallel.world_size
@@ -78,14 +78,14 @@ def measured_rows(run: list[str]) -> str:
 
 def worker(name: str, overrides: list[str]) -> None:
     """One rank. Rank 0 prints {stage: [predicted bytes, measured bytes]}."""
-    from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, grpo_loss  # noqa: PLC0415
-    from nemo_ssopd.config import as_dataclasses, compose_run, context_length, engine_tensor  # noqa: PLC0415
-    from nemo_ssopd.hf_config import read_hf_config  # noqa: PLC0415
-    from nemo_ssopd.megatron.actor import MegatronGRPOActor  # noqa: PLC0415
+    from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget, grpo_loss  # noqa: PLC0415
+    from nemo_ssopd.config.run import as_dataclasses, compose_run, context_length, engine_tensor  # noqa: PLC0415
+    from nemo_ssopd.megatron.policy import MegatronPolicy  # noqa: PLC0415
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
-    from nemo_ssopd.plan import Machine, plan  # noqa: PLC0415
+    from nemo_ssopd.models.hf_config import read_hf_config  # noqa: PLC0415
     from nemo_ssopd.rollout.engine import RolloutEngine  # noqa: PLC0415
-    from nemo_ssopd.types import Sequence  # noqa: PLC0415
+    from nemo_ssopd.types import TokenSequence  # noqa: PLC0415
+    from tools.memory_plan import Machine, plan  # noqa: PLC0415
 
     config = as_dataclasses(compose_run(name, overrides))
     hf = read_hf_config(config.model.path)
@@ -94,7 +94,7 @@ def worker(name: str, overrides: list[str]) -> None:
     update, stages = phases["update"], {}
     start = resident()
 
-    actor = MegatronGRPOActor(config, hf, runtime, pad_id=0)
+    actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     built = ("parameters", "adapters", "initial weights", "gradients")
     stages["weights and gradients"] = sum(update.get(row, 0) for row in built), resident() - start
 
@@ -117,7 +117,7 @@ def worker(name: str, overrides: list[str]) -> None:
     stages["refit, peak"] = phases["refit"]["refit buffers"], refit
 
     batch = full_batch(config, hf.vocab_size, seed=runtime.dp_rank)
-    prefix = Sequence(batch.sequences[0].tokens[: config.rollout.max_prompt_tokens + config.algorithm.prefixes], 1)
+    prefix = TokenSequence(batch.sequences[0].tokens[: config.rollout.max_prompt_tokens + config.algorithm.prefixes], 1)
 
     def teacher() -> ClippedDistillation:
         with actor.reference():
@@ -145,15 +145,15 @@ def full_batch(config: Any, vocab_size: int, *, seed: int) -> Any:
     """Sequences of full length that fill one micro-batch's token budget."""
     import torch  # noqa: PLC0415
 
-    from nemo_ssopd.config import context_length  # noqa: PLC0415
-    from nemo_ssopd.types import Sequence, StepCounts, TrainBatch  # noqa: PLC0415
+    from nemo_ssopd.config.run import context_length  # noqa: PLC0415
+    from nemo_ssopd.types import StepCounts, TokenSequence, TrainBatch  # noqa: PLC0415
 
     length = context_length(config)
     whole, rest = divmod(max(config.trainer.token_budget, length), length)
     lengths = [length] * whole + [rest] * (rest > 0)
     tokens = torch.randint(vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
     sequences = tuple(
-        Sequence(tuple(part.tolist()), min(config.rollout.max_prompt_tokens, len(part)))
+        TokenSequence(tuple(part.tolist()), min(config.rollout.max_prompt_tokens, len(part)))
         for part in tokens.split(lengths)
     )
     return TrainBatch(

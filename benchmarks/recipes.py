@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from nemo_ssopd.evaluation.samples import read_samples
-from nemo_ssopd.report import COLOURS, Row, read_metrics, series
-from nemo_ssopd.statistics import Estimate, paired_bootstrap, t_interval
+from nemo_ssopd.evaluation.statistics import Estimate, paired_bootstrap, t_interval
+from nemo_ssopd.observe.report import COLOURS, Row, read_metrics, series
 
 STEP_KEYS = (
     "reward/mean",

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_ssopd.config import compose_run, context_length, from_hydra
+from nemo_ssopd.config.run import compose_run, context_length, from_hydra
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -57,20 +57,20 @@ def worker(model: str, dtype: str, mode: str) -> dict[str, float]:
     """Median seconds of a refit, bytes that go over, and differences between log-probs of sampled tokens."""
     import torch  # noqa: PLC0415 -- the parent needs none of these
 
-    from nemo_ssopd.hf_config import read_hf_config  # noqa: PLC0415
-    from nemo_ssopd.megatron.actor import MegatronGRPOActor  # noqa: PLC0415
     from nemo_ssopd.megatron.lora import adapters, adapters_disabled  # noqa: PLC0415
+    from nemo_ssopd.megatron.policy import MegatronPolicy  # noqa: PLC0415
     from nemo_ssopd.megatron.refit import refit  # noqa: PLC0415
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
     from nemo_ssopd.megatron.weights import peft_weights  # noqa: PLC0415
+    from nemo_ssopd.models.hf_config import read_hf_config  # noqa: PLC0415
     from nemo_ssopd.rollout.engine import RolloutEngine  # noqa: PLC0415
-    from nemo_ssopd.types import Sequence  # noqa: PLC0415
+    from nemo_ssopd.types import TokenSequence  # noqa: PLC0415
 
     layout = ["parallel.world_size=1", "parallel.tensor=1", f"model.path={model}", f"model.dtype={dtype}"]
     config = from_hydra(compose_run("tiny_cpu", [*layout, f"rollout.refit={mode}"]))
     hf = read_hf_config(model)
     runtime = initialize(config.parallel, seed=1)
-    actor = MegatronGRPOActor(config, hf, runtime, pad_id=0)
+    actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     engine = RolloutEngine(
         model,
         tensor=1,
@@ -98,7 +98,7 @@ def worker(model: str, dtype: str, mode: str) -> dict[str, float]:
         max_new_tokens=config.rollout.max_new_tokens,
         stop_token_ids=(),
     )
-    sequences = [Sequence((*p, *c.tokens), PROMPT_TOKENS) for p, c in zip(prompts, completions, strict=True)]
+    sequences = [TokenSequence((*p, *c.tokens), PROMPT_TOKENS) for p, c in zip(prompts, completions, strict=True)]
     sampled = torch.cat([torch.tensor(completion.logprobs) for completion in completions])
     trained = torch.cat(actor.logprobs(sequences)).float()
     with adapters_disabled(actor.model):

@@ -12,18 +12,18 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from nemo_ssopd.algo.grpo import token_scales
-from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget
-from nemo_ssopd.config import Config
+from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget
+from nemo_ssopd.config.run import Config
 from nemo_ssopd.distillation import lessons
 from nemo_ssopd.groups import advantages
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.metrics import Metrics
 from nemo_ssopd.types import RolloutGroup, StepCounts, TrainBatch
 
 
 def make_batches(
-    groups: Sequence[RolloutGroup], actor: MegatronGRPOActor, config: Config
+    groups: Sequence[RolloutGroup], actor: MegatronPolicy, config: Config
 ) -> list[tuple[Sequence[RolloutGroup], TrainBatch]]:
     """One batch per optimizer step, with everything that must be scored before the first of them."""
     updates, algorithm = config.trainer.updates_per_step, config.algorithm
@@ -78,7 +78,7 @@ def global_counts(runtime: Runtime, *, tokens: int, prompts: int, completions: i
 
 
 def distillation(
-    groups: Sequence[RolloutGroup], actor: MegatronGRPOActor, config: Config, tokenizer: PreTrainedTokenizerBase
+    groups: Sequence[RolloutGroup], actor: MegatronPolicy, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ClippedDistillation | None, Metrics]:
     """The teacher's pass over what is distilled: by default adapters off, the group's shortest correct completion."""
     algorithm = config.algorithm

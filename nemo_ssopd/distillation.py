@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from nemo_ssopd.algo.selection import frontier_weight, is_correct, split
-from nemo_ssopd.config import Config
-from nemo_ssopd.config_algorithm import AlgorithmConfig
+from nemo_ssopd.config.algorithm import AlgorithmConfig
+from nemo_ssopd.config.run import Config
 from nemo_ssopd.data.templates import render_teacher
 from nemo_ssopd.evaluation.samples import Sample
 from nemo_ssopd.groups import is_mixed, selected
 from nemo_ssopd.metrics import Metrics, Sum
-from nemo_ssopd.types import RenderedPrompt, RolloutGroup
-from nemo_ssopd.types import Sequence as TokenSequence
+from nemo_ssopd.types import RenderedPrompt, RolloutGroup, TokenSequence
 
 
 @dataclass(frozen=True)

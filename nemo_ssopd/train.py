@@ -11,88 +11,41 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import psutil
-import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
-from nemo_ssopd.algo.objective import TokenLoss, grpo_loss, sft_loss
 from nemo_ssopd.batches import distillation, global_counts, make_batches
-from nemo_ssopd.config import Config, EvaluationConfig, engine_tensor, importance_cap
-from nemo_ssopd.data.loading import RunData, load_data
-from nemo_ssopd.data.prompts import PromptOrder
+from nemo_ssopd.checkpoint.checkpoint import CheckpointError, CheckpointSaver, LoopState
+from nemo_ssopd.config.run import Config, EvaluationConfig
+from nemo_ssopd.convert.exporting import export_hf
+from nemo_ssopd.data.loading import load_data
 from nemo_ssopd.data.templates import render_sft
 from nemo_ssopd.distillation import held_out_teacher_prompts
 from nemo_ssopd.evaluation.samples import Sample, eval_metrics, evaluate, summary_of, write_samples
 from nemo_ssopd.groups import group_metrics, is_mixed, kept_groups
-from nemo_ssopd.health import TimeBudget, UnhealthyRun, Watch, agree_to_stop, check_health, spike_limit
-from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
-from nemo_ssopd.megatron.checkpoint import CheckpointError, CheckpointSaver, LoopState, load_checkpoint
-from nemo_ssopd.megatron.export import export_hf
 from nemo_ssopd.megatron.model import DTYPES
 from nemo_ssopd.megatron.refit import refit
-from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
+from nemo_ssopd.megatron.runtime import initialize, shutdown
 from nemo_ssopd.megatron.weights import Rounding
-from nemo_ssopd.metrics import (
-    ConsoleSink,
-    JsonlSink,
-    Logger,
-    Max,
-    Mean,
-    Metrics,
-    Sink,
-    StageTimer,
-    Sum,
-    TensorBoardSink,
-    WandbSink,
-    merge,
-    reduce_across_ranks,
-)
-from nemo_ssopd.model_card import model_card
-from nemo_ssopd.plan import GIB, Machine, engine_cache
-from nemo_ssopd.profiling import profiled
-from nemo_ssopd.report import print_summary, write_report
-from nemo_ssopd.rollout.collect import RolloutCollector, Sampling, request_seed
-from nemo_ssopd.rollout.engine import RolloutEngine
-from nemo_ssopd.rollout.verifier import MathVerifier
-from nemo_ssopd.signals import EXIT_STOPPED, note_stop_requests
-from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, TrainBatch
-from nemo_ssopd.types import Sequence as TokenSequence
+from nemo_ssopd.metrics import Max, Mean, Metrics, Sum, merge, reduce_across_ranks
+from nemo_ssopd.observe.model_card import model_card
+from nemo_ssopd.observe.profiling import profiled
+from nemo_ssopd.observe.report import print_summary, write_report
+from nemo_ssopd.observe.sinks import Logger
+from nemo_ssopd.observe.stages import StageTimer
+from nemo_ssopd.rollout.collector import Sampling, request_seed
+from nemo_ssopd.run.alarms import UnhealthyRun, check_health, spike_limit
+from nemo_ssopd.run.signals import EXIT_STOPPED, note_stop_requests
+from nemo_ssopd.run.stopping import TimeBudget, agree_to_stop
+from nemo_ssopd.run.watchdog import Watch
+from nemo_ssopd.setup import Trainer, build, longest_request, resume_or_begin, sinks
+from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, TokenSequence, TrainBatch
 
 Example = TypeVar("Example")
-
-CHECKED_TOKENS = 16
-"""Of each completion of `check_refit`."""
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """What a run is made of, on one rank. An SFT run without data.eval has no collector."""
-
-    config: Config
-    hf: HFModelConfig
-    runtime: Runtime
-    watch: Watch
-    data: RunData
-    order: PromptOrder
-    actor: MegatronGRPOActor
-    optional_collector: RolloutCollector | None
-    token_loss: TokenLoss
-
-    @property
-    def collector(self) -> RolloutCollector:
-        assert self.optional_collector is not None, "this run samples nothing"
-        return self.optional_collector
-
-    @property
-    def prompts_per_rank(self) -> int:
-        return self.config.trainer.prompts_per_step // self.runtime.dp_size
 
 
 # ---- One step --------------------------------------------------------------------------------------------------------
@@ -326,91 +279,7 @@ def held_out_samples(trainer: Trainer, prompts: Sequence[RenderedPrompt], evalua
     return samples
 
 
-# ---- Set-up ----------------------------------------------------------------------------------------------------------
-
-
-def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trainer:
-    """The policy first; then the engine, in what memory is left."""
-    algorithm, is_sft = config.algorithm, config.algorithm.name == "sft"
-    hf = read_hf_config(config.model.path)
-    surrogate = partial(
-        grpo_loss,
-        clip_low=algorithm.clip_ratio_low,
-        clip_high=algorithm.clip_ratio_high,
-        reference_kl=algorithm.reference_kl,
-        penalty=algorithm.reference_penalty,
-        dual_clip=algorithm.dual_clip,
-        importance_cap=importance_cap(config),
-    )
-    return Trainer(
-        config=config,
-        hf=hf,
-        runtime=runtime,
-        watch=watch,
-        data=data,
-        order=PromptOrder(len(data.supervised if is_sft else data.train), config.trainer.seed),
-        actor=MegatronGRPOActor(config, hf, runtime, pad_id=data.stop_token_ids[0]),
-        optional_collector=build_collector(config, hf, data, runtime) if data.train or data.eval else None,
-        token_loss=sft_loss if is_sft else surrogate,
-    )
-
-
-def build_collector(config: Config, hf: HFModelConfig, data: RunData, runtime: Runtime) -> RolloutCollector:
-    """The engine of this rank, and on the first rank of a tensor-parallel group the verifier."""
-    rollout, verifier = config.rollout, None
-    if runtime.tp_rank == 0:
-        verifier = MathVerifier(
-            workers=config.verifier.workers, timeout_s=config.verifier.timeout_s, memory_gb=config.verifier.memory_gb
-        )
-    engine = RolloutEngine(
-        config.model.path,
-        tensor=engine_tensor(config),
-        dtype=config.model.dtype,
-        max_model_len=longest_request(config),
-        max_sequences=rollout.max_sequences,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        cpu_cache_gib=rollout.cpu_cache_gib,
-        seed=config.trainer.seed,
-        trust_remote_code=config.model.trust_remote_code,
-        lora_rank=config.lora.rank if rollout.refit == "adapter" else 0,
-        gpu_cache_bytes=fixed_cache(config, hf, runtime),
-    )
-    return RolloutCollector(
-        engine,
-        verifier,
-        data.tokenizer,
-        stop_token_ids=data.stop_token_ids,
-        engine_tensor=engine_tensor(config),
-        group=runtime.tp_cpu_group,
-    )
-
-
-def fixed_cache(config: Config, hf: HFModelConfig, runtime: Runtime) -> int:
-    """Bytes of the engine's cache on CUDA, from the config and the size of the card; 0 lets vLLM take what is free."""
-    if not runtime.deterministic or runtime.device.type == "cpu":
-        return 0
-    _, total = torch.cuda.mem_get_info()
-    return engine_cache(config, hf, Machine(memory_gib=total / GIB))
-
-
-def longest_request(config: Config) -> int:
-    """Tokens that the engine has room for: prompt and completion."""
-    new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens if config.data.eval else 0)
-    return config.rollout.max_prompt_tokens + new_tokens
-
-
-def sinks(config: Config, state: LoopState) -> list[Sink]:
-    """Where rank 0 writes metrics. What a cut-off run logged after `state` is dropped."""
-    run_dir, first = Path(config.run_dir), state.step + 1 if state.step else 0
-    chosen: list[Sink] = [
-        JsonlSink(run_dir / "metrics.jsonl", first),
-        ConsoleSink(config.trainer.max_steps, state.step),
-    ]
-    if config.logging.tensorboard:
-        chosen.append(TensorBoardSink(run_dir / "tensorboard", first))
-    if config.logging.wandb_project:
-        chosen.append(WandbSink(config.logging.wandb_project, run_dir, asdict(config), first))
-    return chosen
+# ---- A whole run -----------------------------------------------------------------------------------------------------
 
 
 def train(config: Config) -> int:
@@ -439,49 +308,6 @@ def train(config: Config) -> int:
         finish(trainer)
     shutdown()
     return 0
-
-
-def resume_or_begin(trainer: Trainer) -> LoopState:
-    """The newest checkpoint, if asked for; the engine gets the policy's weights."""
-    config = trainer.config
-    trainer.watch.enter("resume")
-    state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
-    if trainer.optional_collector is not None:
-        trainer.watch.enter("refit")
-        check_refit(trainer, state.step)
-        refit(trainer.actor, trainer.collector.engine, config, policy_version=state.step)
-    if trainer.runtime.is_main:
-        OmegaConf.save(OmegaConf.structured(config), Path(config.run_dir) / "config.yaml")
-    return state
-
-
-def check_refit(trainer: Trainer, step: int) -> None:
-    """Refit the engine with a policy far from the real one, and see that its samples have that policy's log-probs.
-
-    All ranks call it, once; the trainer's weights are afterwards as before. UnhealthyRun on all ranks when an engine is
-    nearer to the real policy. Refits compare tensors, this the tokens that come of them: graphs, caches and kernels.
-    """
-    config, actor, collector = trainer.config, trainer.actor, trainer.collector
-    prompt, count = (trainer.data.train or trainer.data.eval)[0].tokens, trainer.runtime.tp_size
-    sampling = Sampling(config.rollout.temperature, min(config.rollout.max_new_tokens, CHECKED_TOKENS))
-    with actor.changed():
-        refit(actor, collector.engine, config, policy_version=step)
-        seeds = [[request_seed("refit", index)] for index in range(count)]  # a prompt for every engine of the group
-        groups = collector.generate([prompt] * count, seeds=seeds, sampling=sampling)
-        sequences = [TokenSequence(prompt + completion.tokens, len(prompt)) for [completion] in groups]
-        changed = torch.cat(actor.logprobs(sequences)).cpu()
-    real = torch.cat(actor.logprobs(sequences)).cpu()
-    sampled = torch.tensor([logprob for [completion] in groups for logprob in completion.logprobs])
-    own = float((changed - real).abs().mean()), float((sampled - changed).abs().mean())
-    everywhere: list[Any] = [None] * trainer.runtime.world_size
-    dist.all_gather_object(everywhere, own, group=trainer.runtime.cpu_group)
-    if wrong := [(moved, away) for moved, away in everywhere if not away < moved / 2]:  # NaN is wrong too
-        moved, away = wrong[0]
-        raise UnhealthyRun(
-            f"refit: a change of the weights that moves log-probs by {moved:.3g} nats per token leaves the engine "
-            f"{away:.3g} away: it does not sample from the weights that it was sent. This is an error in the engine or "
-            "in its version"
-        )
 
 
 def finish(trainer: Trainer) -> None:

@@ -56,10 +56,10 @@ class SentTensor:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """Prompt tokens followed by completion tokens; losses and log-probs are over the completion only.
 
-    >>> Sequence(tokens=(1, 5, 9, 2), prompt_length=2).completion
+    >>> TokenSequence(tokens=(1, 5, 9, 2), prompt_length=2).completion
     (9, 2)
     """
 
@@ -103,10 +103,10 @@ class Completion:
 class Rollout:
     """A completion of a training prompt, graded. `answer` is the text of its last box, None without one.
 
-    >>> Rollout(Sequence((1, 5, 9, 2), 2), completion, reward=1.0, reason="correct", answer="88")
+    >>> Rollout(TokenSequence((1, 5, 9, 2), 2), completion, reward=1.0, reason="correct", answer="88")
     """
 
-    sequence: Sequence
+    sequence: TokenSequence
     completion: Completion
     reward: float
     reason: str
@@ -191,10 +191,10 @@ class TrainBatch:
     `old_logprobs` None means that the policy has not moved since sampling. `scales` has a factor for the token losses
     of each sequence; None is 1 for all.
 
-    >>> TrainBatch(sequences=(Sequence((1, 5, 9, 2), 2),), weights=((0.5, 0.5),), counts=StepCounts(2, 1))
+    >>> TrainBatch(sequences=(TokenSequence((1, 5, 9, 2), 2),), weights=((0.5, 0.5),), counts=StepCounts(2, 1))
     """
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[TokenSequence, ...]
     weights: tuple[tuple[float, ...], ...]
     counts: StepCounts
     old_logprobs: tuple[torch.Tensor, ...] | None = None

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
-from nemo_ssopd.config import Config
-from nemo_ssopd.hf_config import HFModelConfig
-from nemo_ssopd.plan import GIB, Machine, MemoryPlan, adapters, load, parameters, plan, refusal
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.models.hf_config import HFModelConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools.memory_plan import GIB, Machine, MemoryPlan, adapters, load, parameters, plan, refusal
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nemo_ssopd.report import write_report
+from nemo_ssopd.observe.report import write_report
 
 
 def main() -> None:

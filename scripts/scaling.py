@@ -2,7 +2,7 @@
 
     python scripts/scaling.py --set length_median=4000 update_efficiency=0.42 decode_fixed_s=0.009     # measured rates
 
-Simulates the shipped GPU configs (or --config-name NAME ...) with `nemo_ssopd.scaling`. With --set or --config-name it
+Simulates the shipped GPU configs (or --config-name NAME ...) with `tools.scaling`. With --set or --config-name it
 prints and writes nothing.
 """
 
@@ -20,10 +20,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nemo_ssopd.plan import load
-from nemo_ssopd.scaling import Rates, Step, simulate
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.memory_plan import load  # noqa: E402
+from tools.scaling import Rates, Step, simulate  # noqa: E402
+
 PAGE, PLOT = ROOT / "docs" / "scaling.md", ROOT / "docs" / "images" / "scaling.png"
 CONFIGS = ("qwen3_1p7b_tp1", "qwen3_4b_tp1", "qwen3_8b_tp2")
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

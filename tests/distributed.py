@@ -23,7 +23,12 @@ TIMEOUT_S = 120.0
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["nemo_ssopd.megatron.policy", "nemo_ssopd.ops.row_kernels_numba", "transformers.models.auto.modeling_auto", "peft"]
+    [
+        "nemo_ssopd.checkpoint.saved_model",
+        "nemo_ssopd.ops.row_kernels_cpu",
+        "transformers.models.auto.modeling_auto",
+        "peft",
+    ]
 )
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nemo_ssopd.batches import make_batches
-from nemo_ssopd.config import AlgorithmConfig, Config, DataConfig, ParallelConfig, RolloutConfig, TrainerConfig
+from nemo_ssopd.config.run import AlgorithmConfig, Config, DataConfig, ParallelConfig, RolloutConfig, TrainerConfig
 from nemo_ssopd.megatron.runtime import initialize
-from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, Sequence
+from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, TokenSequence
 from tests.distributed import run_distributed
 
 DP2 = ParallelConfig(world_size=2)
@@ -29,7 +29,7 @@ def group(name: str, *rollouts: tuple[float, int, str]) -> RolloutGroup:
     made = []
     for i, (reward, length, reason) in enumerate(rollouts):
         completion = Completion((i,) * length, (-0.1 * i,) * length, "", reason, 0)
-        made.append(Rollout(Sequence((7, 8, *completion.tokens), 2), completion, reward, "", None))
+        made.append(Rollout(TokenSequence((7, 8, *completion.tokens), 2), completion, reward, "", None))
     return RolloutGroup(Prompt(name, name, "8"), tuple(made))
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_ssopd.config import ModelConfig, ParallelConfig
-from nemo_ssopd.hf_config import read_hf_config
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.config.run import ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.model import build_model
+from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import DETERMINISTIC, initialize
-from nemo_ssopd.plan import Machine, load, plan
+from nemo_ssopd.models.hf_config import read_hf_config
 from nemo_ssopd.rollout import engine
-from nemo_ssopd.train import fixed_cache
+from nemo_ssopd.setup import fixed_cache
 from tests.distributed import run_distributed
 from tests.invariants.recorded import config_for, one_update, record
+from tools.memory_plan import load
 
 DEMO = str(Path(__file__).parents[1] / "assets" / "demo_model")
 
@@ -65,7 +65,7 @@ def trained(deterministic: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and weights after two updates of every weight."""
     config = config_for(DEMO)
     runtime = initialize(config.parallel, seed=1, deterministic=deterministic)
-    actor = MegatronGRPOActor(config, read_hf_config(DEMO), runtime, pad_id=0)
+    actor = MegatronPolicy(config, read_hf_config(DEMO), runtime, pad_id=0)
     batch = record(DEMO)
     one_update(actor, batch)
     loss = one_update(actor, batch).metrics["loss/total"].value()
@@ -104,16 +104,14 @@ def test_the_engine_on_a_gpu_gets_a_cache_of_a_fixed_size(
 
 
 def test_the_cache_follows_the_config_and_the_card_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, hf = load("qwen3_1p7b_tp1", [])
+    config, _ = load("qwen3_1p7b_tp1", ["rollout.gpu_memory_utilization=0.5"])
     runtime: Any = SimpleNamespace(deterministic=True, device=torch.device("cuda"))
     sizes = []
     for free_gib in (70, 20):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free_gib: (free * 2**30, 80 * 2**30))
-        sizes.append(fixed_cache(config, hf, runtime))
-    assert sizes[0] == sizes[1]
-    # Keys and values of 28 layers, 8 heads of 128, two bytes each; docs/gpu.md has the plan's tokens.
-    assert sizes[0] // (2 * 28 * 8 * 128 * 2) == plan(config, hf, Machine()).kv_tokens == 297_888
+        sizes.append(fixed_cache(config, runtime, 4 * 2**30))
+    assert sizes == [int(0.8 * 36 * 2**30)] * 2  # half of 80 GiB, less the weights
     off: Any = SimpleNamespace(deterministic=False, device=torch.device("cuda"))
-    assert fixed_cache(config, hf, off) == 0
+    assert fixed_cache(config, off, 4 * 2**30) == 0
     cpu: Any = SimpleNamespace(deterministic=True, device=torch.device("cpu"))
-    assert fixed_cache(config, hf, cpu) == 0
+    assert fixed_cache(config, cpu, 4 * 2**30) == 0

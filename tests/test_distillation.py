@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from nemo_ssopd.config import AlgorithmConfig, Config, DataConfig
+from nemo_ssopd.config.run import AlgorithmConfig, Config, DataConfig
 from nemo_ssopd.data.templates import load_tokenizer, render_student
 from nemo_ssopd.distillation import Lesson, held_out_teacher_prompts, lessons
 from nemo_ssopd.evaluation.samples import Sample
 from nemo_ssopd.groups import pair_metrics
 from nemo_ssopd.metrics import Metrics
-from nemo_ssopd.types import Completion, Prompt, RenderedPrompt, Rollout, RolloutGroup, Sequence
+from nemo_ssopd.types import Completion, Prompt, RenderedPrompt, Rollout, RolloutGroup, TokenSequence
 
 STUDENT = (1, 2, 3)
 LONG = 1000
@@ -30,7 +30,7 @@ def group(name: str, *rollouts: tuple[float, int, float]) -> RolloutGroup:
     for i, (reward, length, logprob) in enumerate(rollouts):
         # Of the first token only, so that the mean is not the sum.
         completion = Completion((50 + i,) * length, (logprob * length, *[0.0] * (length - 1)), f"{i}", "stop", 0)
-        made.append(Rollout(Sequence(STUDENT + completion.tokens, 3), completion, reward, "", None))
+        made.append(Rollout(TokenSequence(STUDENT + completion.tokens, 3), completion, reward, "", None))
     return RolloutGroup(Prompt(name, f"{name}*2", "8", solution="9"), tuple(made))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_ssopd.config import AlgorithmConfig
+from nemo_ssopd.config.run import AlgorithmConfig
 from nemo_ssopd.groups import advantages, group_metrics, kept_groups
-from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, Sequence
+from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, TokenSequence
 
 LIMIT = 10
 
@@ -15,7 +15,7 @@ def group(name: str, rewards: list[float], lengths: list[int] | None = None) -> 
     rollouts = []
     for reward, length in zip(rewards, lengths or [3] * len(rewards), strict=True):
         completion = Completion((7,) * length, (-0.5,) * length, "", "length" if length == LIMIT else "stop", 0)
-        rollouts.append(Rollout(Sequence((1, 2, *completion.tokens), 2), completion, reward, "", None))
+        rollouts.append(Rollout(TokenSequence((1, 2, *completion.tokens), 2), completion, reward, "", None))
     return RolloutGroup(Prompt(name, "", ""), tuple(rollouts))
 
 

@@ -15,8 +15,8 @@ HEAVY = ("megatron", "vllm", "nemo", "transformer_engine")
 FORBIDDEN = {
     "nemo_ssopd.types": ("nemo_ssopd", *HEAVY),
     "nemo_ssopd.metrics": ("nemo_ssopd", *HEAVY),
-    "nemo_ssopd.hf_config": ("nemo_ssopd", "torch", *HEAVY),
-    "nemo_ssopd.config": (
+    "nemo_ssopd.models.hf_config": ("nemo_ssopd", "torch", *HEAVY),
+    "nemo_ssopd.config.run": (
         "nemo_ssopd.algo",
         "nemo_ssopd.data",
         "nemo_ssopd.megatron",
@@ -24,16 +24,22 @@ FORBIDDEN = {
         "torch",
         *HEAVY,
     ),
-    "nemo_ssopd.config_algorithm": ("nemo_ssopd", "torch", *HEAVY),
+    "nemo_ssopd.config.algorithm": ("nemo_ssopd", "torch", *HEAVY),
     "nemo_ssopd.distillation": ("nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
     "nemo_ssopd.batches": ("nemo_ssopd.rollout", "vllm"),
     "nemo_ssopd.groups": ("nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
-    "nemo_ssopd.plan": ("nemo_ssopd.data", "nemo_ssopd.megatron", "nemo_ssopd.rollout", "torch", *HEAVY),
-    "nemo_ssopd.scaling": ("nemo_ssopd.data", "nemo_ssopd.megatron", "nemo_ssopd.rollout", "torch", *HEAVY),
+    "tools.memory_plan": ("nemo_ssopd.data", "nemo_ssopd.megatron", "nemo_ssopd.rollout", "torch", *HEAVY),
+    "tools.scaling": ("nemo_ssopd.data", "nemo_ssopd.megatron", "nemo_ssopd.rollout", "torch", *HEAVY),
     "nemo_ssopd.ops": ("nemo_ssopd.algo", "nemo_ssopd.data", "nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
-    "nemo_ssopd.algo": ("nemo_ssopd.config", "nemo_ssopd.data", "nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
+    "nemo_ssopd.algo": (
+        "nemo_ssopd.config.run",
+        "nemo_ssopd.data",
+        "nemo_ssopd.megatron",
+        "nemo_ssopd.rollout",
+        *HEAVY,
+    ),
     "nemo_ssopd.data": ("nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
-    "nemo_ssopd.evaluation.config": ("nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
+    "nemo_ssopd.config.evaluation": ("nemo_ssopd.megatron", "nemo_ssopd.rollout", *HEAVY),
     "nemo_ssopd.evaluation.samples": ("nemo_ssopd.megatron", "nemo_ssopd.rollout.engine", *HEAVY),
     "nemo_ssopd.evaluation.results": ("nemo_ssopd.megatron", "nemo_ssopd.rollout.engine", *HEAVY),
     "nemo_ssopd.evaluation.table": ("nemo_ssopd.megatron", "nemo_ssopd.rollout.engine", *HEAVY),
@@ -74,5 +80,5 @@ def test_layering(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=_module)
 def test_only_the_command_line_imports_the_loop(path: Path) -> None:
-    if _module(path) != "nemo_ssopd.launch":
+    if _module(path) != "nemo_ssopd.run.launch":
         assert not any(_is_under(name, "nemo_ssopd.train") for name in _imports(path))

@@ -13,22 +13,9 @@ import torch.distributed as dist
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemo_ssopd.metrics import (
-    ConsoleSink,
-    EffectiveShare,
-    JsonlSink,
-    Logger,
-    Max,
-    Mean,
-    Metrics,
-    Min,
-    StageTimer,
-    Sum,
-    TensorBoardSink,
-    merge,
-    reduce_across_ranks,
-    sparkline,
-)
+from nemo_ssopd.metrics import EffectiveShare, Max, Mean, Metrics, Min, Sum, merge, reduce_across_ranks
+from nemo_ssopd.observe.sinks import ConsoleSink, JsonlSink, Logger, TensorBoardSink, sparkline
+from nemo_ssopd.observe.stages import StageTimer
 from tests.distributed import run_distributed
 
 

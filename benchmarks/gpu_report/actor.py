@@ -103,8 +103,8 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 def _run(results: Results, name: str, dtype: str) -> None:
     from benchmarks.gpu_report import setup  # noqa: PLC0415 -- after Transformer Engine is hidden
-    from nemo_ssopd.hf_config import read_hf_config  # noqa: PLC0415
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
+    from nemo_ssopd.models.hf_config import read_hf_config  # noqa: PLC0415
 
     # The reference runs beside the policy, so each has a folder of its own; the weights are the same.
     size = results.device
@@ -123,9 +123,9 @@ def _run(results: Results, name: str, dtype: str) -> None:
 
 def _steps(results: Results, config: Any, hf: Any, runtime: Any, mode: str) -> Outcome:
     """Forward, gradient, three optimizer steps, save and resume."""
-    from nemo_ssopd.megatron.actor import MegatronGRPOActor  # noqa: PLC0415
+    from nemo_ssopd.megatron.policy import MegatronPolicy  # noqa: PLC0415
 
-    actor = MegatronGRPOActor(config, hf, runtime, pad_id=0)
+    actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     _spread_adapters(actor)
     batch, aux = _batch(actor, config, results.device)
     qkv = type(actor.model.decoder.layers[0].self_attention.linear_qkv).__name__
@@ -153,11 +153,11 @@ def _steps(results: Results, config: Any, hf: Any, runtime: Any, mode: str) -> O
 
 def _save_and_resume(results: Results, actor: Any, config: Any, hf: Any, mode: str, inputs: tuple[Any, Any]) -> None:
     """What a checkpoint brings back, and one more step from there in both actors."""
-    from nemo_ssopd.megatron.actor import MegatronGRPOActor  # noqa: PLC0415
-    from nemo_ssopd.megatron.checkpoint import LoopState, load_checkpoint, save_checkpoint  # noqa: PLC0415
+    from nemo_ssopd.checkpoint.checkpoint import LoopState, load_checkpoint, save_checkpoint  # noqa: PLC0415
+    from nemo_ssopd.megatron.policy import MegatronPolicy  # noqa: PLC0415
 
     save_checkpoint(actor, config, LoopState(step=STEPS))
-    resumed = MegatronGRPOActor(config, hf, actor.runtime, pad_id=0)
+    resumed = MegatronPolicy(config, hf, actor.runtime, pad_id=0)
     results.check(f"{mode}: step of the loop after resume", load_checkpoint(resumed, config).step, STEPS)
     results.check(f"{mode}: Adam's step counts before saving", sorted(_adam_steps(actor)), [STEPS])
     results.check(f"{mode}: Adam's step counts after resume", sorted(_adam_steps(resumed)), [STEPS])
@@ -186,8 +186,8 @@ def _spread_adapters(actor: Any) -> None:
 def _batch(actor: Any, config: Any, size: str) -> tuple[Any, Any]:
     """Sequences with a weight for each token, and for the first two a teacher, who reads another prompt."""
     from benchmarks.gpu_report import setup  # noqa: PLC0415
-    from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget  # noqa: PLC0415
-    from nemo_ssopd.types import Sequence, StepCounts, TrainBatch  # noqa: PLC0415
+    from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget  # noqa: PLC0415
+    from nemo_ssopd.types import StepCounts, TokenSequence, TrainBatch  # noqa: PLC0415
 
     vocab_size = actor.hf.vocab_size
     sequences = setup.sequences(LENGTHS[size], vocab_size, seed=5)
@@ -201,7 +201,7 @@ def _batch(actor: Any, config: Any, size: str) -> tuple[Any, Any]:
     prefixes = []
     for own, other in zip(sequences[:2], others[:2], strict=True):
         tokens = (*other.prompt, *own.completion[: PREFIX[size]])
-        prefixes.append(Sequence(tokens, other.prompt_length))
+        prefixes.append(TokenSequence(tokens, other.prompt_length))
     with actor.reference():
         hidden = actor.hidden_states(prefixes)
     aux = ClippedDistillation(
@@ -280,12 +280,11 @@ def _hide_transformer_engine() -> None:
 @contextmanager
 def _written_out_losses() -> Iterator[None]:
     """Inside, actor and distillation take their log-probs and clipped KL from plain torch."""
-    from nemo_ssopd.algo import objective  # noqa: PLC0415 -- after Transformer Engine is hidden
-    from nemo_ssopd.megatron import actor  # noqa: PLC0415
+    from nemo_ssopd.algo import losses  # noqa: PLC0415 -- after Transformer Engine is hidden
 
     with (
-        patch.object(actor, "linear_logprobs", _plain_logprobs),
-        patch.object(objective, "linear_clipped_kl_with_stats", _plain_clipped_kl),
+        patch.object(policy, "linear_logprobs", _plain_logprobs),
+        patch.object(losses, "linear_clipped_kl_with_stats", _plain_clipped_kl),
     ):
         yield
 
@@ -311,7 +310,7 @@ def _plain_clipped_kl(
     vocab_size: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, Any]:
-    from nemo_ssopd.ops.clipped_kl import ClippedKLStats  # noqa: PLC0415
+    from nemo_ssopd.ops.clipped_kl import DivergenceStats  # noqa: PLC0415
 
     student_logp = _plain_logits(student, weight, temperature, vocab_size).log_softmax(-1)
     teacher_logp = _plain_logits(teacher, weight, temperature, vocab_size).log_softmax(-1).detach()
@@ -319,4 +318,4 @@ def _plain_clipped_kl(
     loss_K, kl_K = summands.clamp(max=clip).sum(-1), summands.detach().sum(-1)
     entropies = (-(logp.exp() * logp).sum(-1).detach() for logp in (teacher_logp, student_logp))
     was_clipped = (summands.detach() >= clip).any(-1).to(loss_K.dtype)
-    return loss_K, ClippedKLStats(kl_K, was_clipped, kl_K - loss_K.detach(), *entropies)
+    return loss_K, DivergenceStats(kl_K, was_clipped, kl_K - loss_K.detach(), *entropies)

@@ -12,14 +12,14 @@ import torch
 from benchmarks import memory
 from benchmarks.gpu_report import setup
 from benchmarks.gpu_report.stage import Results
-from nemo_ssopd.config import context_length
-from nemo_ssopd.hf_config import read_hf_config
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.config.run import context_length
 from nemo_ssopd.megatron.lora import adapters
+from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import initialize
+from nemo_ssopd.models.hf_config import read_hf_config
 from nemo_ssopd.rollout.engine import RolloutEngine
-from nemo_ssopd.types import Completion, Sequence
+from nemo_ssopd.types import Completion, TokenSequence
 
 GIB = 2**30
 # Prompts, tokens of each, new tokens.
@@ -50,7 +50,7 @@ def run(results: Results, mode: str) -> None:
         ],
     )
     hf, runtime = read_hf_config(path), initialize(config.parallel, seed=1)
-    actor = MegatronGRPOActor(config, hf, runtime, pad_id=0)
+    actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     _add_memory(results, "with the trainer")
     engine = _timed(results, "building the engine", lambda: _engine(config))
     _add_memory(results, "with trainer and engine")
@@ -89,7 +89,7 @@ def _engine(config: Any) -> RolloutEngine:
     )
 
 
-def _move_adapters(actor: MegatronGRPOActor, *, seed: int) -> None:
+def _move_adapters(actor: MegatronPolicy, *, seed: int) -> None:
     """Another policy, as far from the one before as from the base: a refit that does nothing shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def _generate(
 
 def _add_mismatch(
     results: Results,
-    actor: MegatronGRPOActor,
+    actor: MegatronPolicy,
     prompts: list[tuple[int, ...]],
     completions: list[Completion],
     version: int,
@@ -126,7 +126,7 @@ def _add_mismatch(
 
     Returns the sequences and the trainer's log-probs of them.
     """
-    sequences = [Sequence((*p, *c.tokens), len(p)) for p, c in zip(prompts, completions, strict=True)]
+    sequences = [TokenSequence((*p, *c.tokens), len(p)) for p, c in zip(prompts, completions, strict=True)]
     trained = torch.cat(actor.logprobs(sequences)).float().cpu()
     sampled = torch.cat([torch.tensor(completion.logprobs) for completion in completions])
     difference = (sampled - trained).abs()

@@ -14,12 +14,12 @@ from benchmarks import memory
 from benchmarks.gpu_report import setup
 from benchmarks.gpu_report.actor import SHAPES
 from benchmarks.gpu_report.stage import Results
-from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget
-from nemo_ssopd.hf_config import read_hf_config
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget
+from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
-from nemo_ssopd.plan import Machine, plan
-from nemo_ssopd.types import Sequence
+from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.types import TokenSequence
+from tools.memory_plan import Machine, plan
 
 GIB = 2**30
 # Longest prompt and completion, token budget, prefixes, runs.
@@ -52,7 +52,7 @@ def run(results: Results) -> None:
     )
     hf = read_hf_config(path)
     runtime = initialize(config.parallel, seed=1)
-    actor = MegatronGRPOActor(config, hf, runtime, pad_id=0)
+    actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     batch = memory.full_batch(config, hf.vocab_size, seed=1)
     tokens = sum(len(sequence.tokens) for sequence in batch.sequences)
     planned = plan(config, hf, Machine(on_cuda=results.on_cuda)).phases
@@ -84,12 +84,12 @@ def run(results: Results) -> None:
     _add_profile(results, update)
 
 
-def _teacher(actor: MegatronGRPOActor, config: Any, batch: Any) -> ClippedDistillation:
+def _teacher(actor: MegatronPolicy, config: Any, batch: Any) -> ClippedDistillation:
     """Distillation of the first sequence, by a teacher that reads one prompt token."""
     K = config.algorithm.prefixes
     own = batch.sequences[0]
     with actor.reference():
-        (hidden_KH,) = actor.hidden_states([Sequence((own.tokens[0], *own.completion[:K]), 1)])
+        (hidden_KH,) = actor.hidden_states([TokenSequence((own.tokens[0], *own.completion[:K]), 1)])
     return ClippedDistillation(
         targets={0: DistillTarget(hidden_KH, 0.25)},
         clip=config.algorithm.clip,

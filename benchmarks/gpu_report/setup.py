@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from nemo_ssopd.algo.objective import grpo_loss
-from nemo_ssopd.config import Config, as_dataclasses, compose_run
-from nemo_ssopd.types import Sequence
+from nemo_ssopd.algo.losses import grpo_loss
+from nemo_ssopd.config.run import Config, as_dataclasses, compose_run
+from nemo_ssopd.types import TokenSequence
 
 ROOT = Path(__file__).parents[2]
 LOSS = partial(grpo_loss, clip_low=0.2, clip_high=0.2, reference_kl=0.0)
@@ -51,16 +51,16 @@ def qwen3_0p6b() -> dict[str, Any]:
     }
 
 
-def one_process(name: str, overrides: Seq[str]) -> Config:
+def one_process(name: str, overrides: Sequence[str]) -> Config:
     """A shipped config on one process, not checked: its model may have another shape than the data's tokenizer."""
     config = as_dataclasses(compose_run(name, ["parallel.world_size=1", "parallel.tensor=1", *overrides]))
     assert isinstance(config, Config)
     return config
 
 
-def sequences(lengths: Seq[int], vocab_size: int, *, seed: int) -> list[Sequence]:
+def sequences(lengths: Sequence[int], vocab_size: int, *, seed: int) -> list[TokenSequence]:
     """Random tokens; the prompt is a third of each, but at least one token."""
     tokens = torch.randint(vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed)).split(
         list(lengths)
     )
-    return [Sequence(tuple(part.tolist()), max(1, len(part) // 3)) for part in tokens]
+    return [TokenSequence(tuple(part.tolist()), max(1, len(part) // 3)) for part in tokens]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import torch
 
-from nemo_ssopd.types import PackedBatch, Sequence
+from nemo_ssopd.types import PackedBatch, TokenSequence
 
 
-def micro_batches(lengths: Seq[int], token_budget: int) -> list[tuple[int, ...]]:
+def micro_batches(lengths: Sequence[int], token_budget: int) -> list[tuple[int, ...]]:
     """Groups indices of `lengths` so that the sum of each group stays within `token_budget`.
 
     First-fit decreasing (Johnson 1973): the longest first, each into the first group with room for it; ties by index.
@@ -34,7 +34,12 @@ def micro_batches(lengths: Seq[int], token_budget: int) -> list[tuple[int, ...]]
 
 
 def pack(
-    sequences: Seq[Sequence], rows: tuple[int, ...], *, pad_id: int, multiple: int = 1, device: torch.device | str
+    sequences: Sequence[TokenSequence],
+    rows: tuple[int, ...],
+    *,
+    pad_id: int,
+    multiple: int = 1,
+    device: torch.device | str,
 ) -> PackedBatch:
     """Lays `sequences[row] for row in rows` end to end and points at their completion tokens.
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from nemo_ssopd.config.evaluation import EvalConfig, SetConfig
 from nemo_ssopd.data.prompts import load_prompts
 from nemo_ssopd.data.templates import load_tokenizer, render_student, stop_token_ids
-from nemo_ssopd.evaluation.config import EvalConfig, SetConfig
 from nemo_ssopd.types import RenderedPrompt
 
 

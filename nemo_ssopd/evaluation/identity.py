@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nemo_ssopd.evaluation.config import EvalConfig
+from nemo_ssopd.checkpoint.fingerprint import base_fingerprint
+from nemo_ssopd.config.evaluation import EvalConfig
 from nemo_ssopd.evaluation.data import EvalData
 from nemo_ssopd.evaluation.models import ModelSource
-from nemo_ssopd.megatron.fingerprint import base_fingerprint
 from nemo_ssopd.types import RenderedPrompt
 
 Identity: TypeAlias = dict[str, dict[str, Any]]

@@ -15,13 +15,13 @@ from pathlib import Path
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
-from nemo_ssopd.config import CONF
-from nemo_ssopd.evaluation.config import EvalConfig, from_hydra
+from nemo_ssopd.config.evaluation import EvalConfig, from_hydra
+from nemo_ssopd.config.run import CONF
 from nemo_ssopd.evaluation.data import EvalData, load_sets
 from nemo_ssopd.evaluation.models import ModelSource, find_model
 from nemo_ssopd.evaluation.results import check_folder, check_identity, has_begun, set_folder
-from nemo_ssopd.signals import die_of_stop_requests
-from nemo_ssopd.workers import make_run_dir, run_workers, under_launcher
+from nemo_ssopd.run.signals import die_of_stop_requests
+from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher
 
 
 def main() -> None:
@@ -42,8 +42,8 @@ def run_main(composed: DictConfig) -> None:
         for name in config.models:
             start_workers(config, name)
         return
+    from nemo_ssopd.checkpoint.storage import CheckpointError  # noqa: PLC0415
     from nemo_ssopd.evaluation.run import run  # noqa: PLC0415 -- Megatron-Core and vLLM, which the checks do without
-    from nemo_ssopd.megatron.storage import CheckpointError  # noqa: PLC0415
 
     try:
         run(config)

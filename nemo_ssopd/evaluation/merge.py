@@ -14,11 +14,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nemo_ssopd.config import ParallelConfig
+from nemo_ssopd.checkpoint.saved_model import open_checkpoint, stream_policy
+from nemo_ssopd.config.run import ParallelConfig
+from nemo_ssopd.convert.exporting import copy_companions, export_hf
 from nemo_ssopd.evaluation.models import ModelSource
-from nemo_ssopd.megatron.export import copy_companions, export_hf
 from nemo_ssopd.megatron.model import DTYPES
-from nemo_ssopd.megatron.policy import open_checkpoint, stream_policy
 from nemo_ssopd.megatron.runtime import Runtime
 
 _LORA_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")

@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_ssopd.config import EvaluationConfig
-from nemo_ssopd.evaluation.config import EvalConfig
+from nemo_ssopd.config.evaluation import EvalConfig
+from nemo_ssopd.config.run import EvaluationConfig
 from nemo_ssopd.evaluation.samples import Sample, read_samples, summary_of, to_lines
-from nemo_ssopd.statistics import average
+from nemo_ssopd.evaluation.statistics import average
 from nemo_ssopd.types import RenderedPrompt
 
 IDENTITY, SAMPLES, SUMMARY = "evaluation.json", "samples.jsonl", "summary.json"

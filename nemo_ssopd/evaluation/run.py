@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nemo_ssopd.evaluation.config import EvalConfig
+from nemo_ssopd.config.evaluation import EvalConfig
 from nemo_ssopd.evaluation.data import EvalData, load_sets
 from nemo_ssopd.evaluation.identity import identities
 from nemo_ssopd.evaluation.merge import as_hugging_face, remove_merged
@@ -25,7 +25,7 @@ from nemo_ssopd.evaluation.results import SetWriter, set_folder
 from nemo_ssopd.evaluation.samples import Place, Sample, evaluate
 from nemo_ssopd.evaluation.table import cells, column_headings, write_table
 from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
-from nemo_ssopd.rollout.collect import RolloutCollector
+from nemo_ssopd.rollout.collector import RolloutCollector
 from nemo_ssopd.rollout.engine import RolloutEngine
 from nemo_ssopd.rollout.verifier import MathVerifier
 from nemo_ssopd.types import RenderedPrompt

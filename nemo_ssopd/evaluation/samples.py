@@ -13,10 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_ssopd.config import EvaluationConfig
+from nemo_ssopd.config.run import EvaluationConfig
+from nemo_ssopd.evaluation.statistics import Estimate, summarise
 from nemo_ssopd.metrics import Max, Metrics
-from nemo_ssopd.rollout.collect import RolloutCollector, Sampling, request_seed
-from nemo_ssopd.statistics import Estimate, summarise
+from nemo_ssopd.rollout.collector import RolloutCollector, Sampling, request_seed
 from nemo_ssopd.types import RenderedPrompt
 
 Place = tuple[str, int]

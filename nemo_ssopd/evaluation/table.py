@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from nemo_ssopd.evaluation.results import SUMMARY
-from nemo_ssopd.report import COLOURS, FAINT, INK
-from nemo_ssopd.statistics import Estimate, macro_estimate, paired_bootstrap
+from nemo_ssopd.evaluation.statistics import Estimate, macro_estimate, paired_bootstrap
+from nemo_ssopd.observe.report import COLOURS, FAINT, INK
 
 AVERAGE = "Average"
 

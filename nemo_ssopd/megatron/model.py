@@ -40,9 +40,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from nemo_ssopd.config import ModelConfig, ParallelConfig
-from nemo_ssopd.hf_config import HFModelConfig
+from nemo_ssopd.config.run import ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.runtime import Runtime
+from nemo_ssopd.models.hf_config import HFModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

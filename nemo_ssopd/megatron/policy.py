@@ -1,167 +1,386 @@
-"""The model of a checkpoint without its optimizer, at any parallel layout: whole, or a part at a time.
+"""The policy on Megatron-Core: scoring, the teacher's pass, and one optimizer step with auxiliary losses.
 
-    saved = open_checkpoint(Path("runs/x/checkpoints/iter_0000100"), runtime)
-    model = load_policy(saved, parallel, runtime)                       # for whoever computes with it
-    for name, tensor in stream_policy(saved, parallel, runtime): ...    # for export: a layer in memory, not the model
-
-A checkpoint may be ours, or one of Megatron-Bridge or Megatron-LM that holds all weights of a model.
+Shapes: S tokens of a micro-batch, T completion tokens among them, K prefix positions, H hidden size, W this rank's
+vocabulary shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
-from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from nemo_ssopd.config import LoraConfig, ModelConfig, ParallelConfig
-from nemo_ssopd.hf_config import HFModelConfig, read_hf_config
-from nemo_ssopd.megatron.checkpoint import STATE, read_about, saved_config, trained_weights
-from nemo_ssopd.megatron.lora import add_lora
-from nemo_ssopd.megatron.model import DTYPES, build_model
+from nemo_ssopd.algo.losses import AuxLoss, TokenInputs, TokenLoss
+from nemo_ssopd.config.run import Config, OptimizerConfig
+from nemo_ssopd.data.packing import micro_batches, pack, send, unpack
+from nemo_ssopd.megatron.lora import adapters_disabled, adapters_enabled, add_lora
+from nemo_ssopd.megatron.model import DTYPES, build_model, hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
-from nemo_ssopd.megatron.storage import CheckpointError, damage, fill_tensors, read_common, read_index
-from nemo_ssopd.megatron.weights import InMemory, Rounding, hf_weights, load_hf_weights, peft_weights
+from nemo_ssopd.megatron.weights import Rounding, hf_weights, load_hf_weights
+from nemo_ssopd.metrics import Max, Metrics, Sum, fetch, merge
+from nemo_ssopd.models.hf_config import HFModelConfig
+from nemo_ssopd.ops.logprobs import linear_logprobs
+from nemo_ssopd.types import PackedBatch, StepCounts, TokenSequence, TrainBatch
 
-WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+# float16 only. Losses are divided by the tokens of a global batch, millions of them, so that gradients of one token are
+# far under float16's smallest number, 6e-8; the scale lifts them. Twice as large each LOSS_SCALE_WINDOW steps without
+# an overflow; each overflow skips its step and halves it. 2^16 is where torch's own scaler starts; Megatron's 2^32
+# would begin with steps that are skipped. (ours)
+LOSS_SCALE, LOSS_SCALE_WINDOW = 2.0**16, 1000
+
+CHANGE = 0.1
+"""Standard deviation of what `changed` adds. At rank 64 an adapter's output is then as large as its input."""
+
+MakeInputs: TypeAlias = Callable[..., TokenInputs]
+"""Completes what is known of a micro-batch's tokens by `logprobs_T` and `entropy_T`."""
 
 
 @dataclass(frozen=True)
-class SavedPolicy:
-    """A checkpoint that was looked at, and is undamaged.
+class StepResult:
+    """What one optimizer step did: `skipped` when loss or gradient was not finite and the weights were left alone.
 
-    >>> open_checkpoint(Path("runs/tiny_cpu/checkpoints/iter_0000040"), runtime)
-    SavedPolicy(folder=..., hf_folder=..., dtype="float32", lora=LoraConfig(rank=16, ...), base="assets/demo_model")
+    >>> StepResult(skipped=False, metrics={"optim/grad_norm": Max(0.31)})
     """
 
-    folder: Path
-    hf_folder: Path
-    """config.json, tokenizer, chat template."""
-    dtype: str
-    lora: LoraConfig | None
-    """None where the checkpoint holds every weight."""
-    base: str | None
-    """The Hugging Face directory that training started from. May be None where all weights were trained."""
-    sharding: dict[str, object] | None
-    """How Megatron-Core was told to name and cut the tensors."""
-
-    @property
-    def hf(self) -> HFModelConfig:
-        return read_hf_config(self.hf_folder)
+    skipped: bool
+    metrics: Metrics
 
 
-def open_checkpoint(folder: Path, runtime: Runtime, *, base: str | Path | None = None) -> SavedPolicy:
-    """Check the files of a checkpoint, and that `base` is the model that its adapters were trained on.
+class MegatronPolicy:
+    """A policy with its optimizer. All ranks of a tensor-parallel group call every method together."""
 
-    `base` is for a base model that has moved; for a checkpoint that is not ours, it says what the model is.
-    """
-    if not (folder / STATE).is_file():
-        return _open_foreign(folder, base)
-    if problem := damage(folder, runtime):
-        raise CheckpointError(f"{folder} is damaged: {problem}. Use another checkpoint")
-    config = saved_config(folder)
-    base = str(base or config.model.path)
-    about = read_about(folder, base, runtime)
-    has_adapters = about["base"] is not None
-    return SavedPolicy(
-        folder,
-        hf_folder=folder / "hf",
-        dtype=config.model.dtype,
-        lora=config.lora if has_adapters else None,
-        base=base if has_adapters or (Path(base) / "config.json").is_file() else None,
-        sharding=None,
-    )
+    def __init__(self, config: Config, hf: HFModelConfig, runtime: Runtime, *, pad_id: int) -> None:
+        self.hf, self.runtime = hf, runtime
+        self.temperature = config.rollout.temperature
+        self.chunk_tokens = config.trainer.chunk_tokens
+        self._pad_id = pad_id
+        self._multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self._token_budget = config.trainer.token_budget // self._multiple * self._multiple
+        self.model = build_model(hf, config.model, config.parallel, runtime)
+        load_hf_weights(self.model, hf, config.model.path, runtime)
+        self.base_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        """Of this rank's shard, without adapters."""
+        if config.lora.enabled:
+            add_lora(self.model, config.lora, seed=config.trainer.seed, runtime=runtime)
+        self._initial = None if config.lora.enabled else _copy_of_weights(self.model)
+        self._teacher, self._ema_decay = config.algorithm.teacher, config.algorithm.ema_decay
+        self.teacher_average = _trained_in_float32(self.model) if self._teacher == "ema" else {}
+        self._ddp, self.optimizer = _optimizer(self.model, config.optimizer, DTYPES[config.model.dtype])
+        self.scheduler = _scheduler(self.optimizer, config.optimizer)
+        self._forward_backward = get_forward_backward_func()
+        self.grad_norm_limit = math.inf
+        """A step with a larger gradient norm is skipped; the loop sets it, from the norms of the steps before."""
 
+    # The no-gradient passes.
 
-def _open_foreign(folder: Path, base: str | Path | None) -> SavedPolicy:
-    """Of Megatron-Bridge or Megatron-LM: no checksums, and `base` for what only Hugging Face's files say."""
-    if base is None:
-        raise ValueError(
-            f"{folder} is no checkpoint of ours (it has no {STATE}): give the Hugging Face directory of the model, for "
-            f"its config and tokenizer, as --base"
-        )
-    entry = read_index(folder).state_dict_metadata.get(WORD_EMBEDDINGS)
-    if not isinstance(entry, TensorStorageMetadata):
-        raise ValueError(f"{folder} does not hold {WORD_EMBEDDINGS}: only a checkpoint of all weights can be read")
-    dtype = next(name for name, dtype in DTYPES.items() if dtype is entry.properties.dtype)
-    return SavedPolicy(
-        folder, Path(base), dtype, lora=None, base=None, sharding=read_common(folder).get("content_metadata")
-    )
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, ...]:
+        """Of each completion under the current weights, at the sampling temperature: [completion length] each."""
+        by_row: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            for packed in self._packed(sequences):
+                logprobs_T, _ = self._logprobs(self._forward(packed).index_select(0, packed.index_T), packed)
+                by_row |= unpack(logprobs_T, packed)
+        return tuple(by_row[row] for row in range(len(sequences)))
 
-
-def load_policy(
-    saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime, *, dtype: str | None = None
-) -> GPTModel:
-    """The model, whole; in the type that it was trained in, or with the same values in a wider `dtype`."""
-    model = _build(saved, parallel, runtime, dtype or saved.dtype)
-    _fill(model, saved, runtime)
-    round_weights(model, DTYPES[saved.dtype])
-    return model
-
-
-def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter, in place, the value that it has in `dtype`."""
-    for parameter in model.parameters():
-        if parameter.dtype is not dtype:
-            parameter.data.copy_(parameter.to(dtype))
-
-
-def stream_policy(
-    saved: SavedPolicy,
-    parallel: ParallelConfig,
-    runtime: Runtime,
-    *,
-    dtype: torch.dtype | None = None,
-    rounding: Rounding | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `hf_weights` of the whole model. Host memory holds one layer, or the embedding, beside what is yielded."""
-    model, in_memory = _on_disk(saved, parallel, runtime)
-    yield from hf_weights(model, saved.hf, runtime, dtype=dtype, rounding=rounding, in_memory=in_memory)
-
-
-def stream_adapters(
-    saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `peft_weights` of the whole model."""
-    assert saved.lora is not None
-    model, in_memory = _on_disk(saved, parallel, runtime)
-    for layer in model.decoder.layers:
-        with in_memory(layer):
-            yield from peft_weights(layer, runtime)
-
-
-def _on_disk(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime) -> tuple[GPTModel, InMemory]:
-    """The model without memory, and what gives memory and values to a part of it for a while."""
-    with torch.device("meta"):
-        model = _build(saved, parallel, replace(runtime, device=torch.device("meta")), saved.dtype)
+    def hidden_states(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, ...]:
+        """The final hidden states that predict each completion token: [completion length, H] each."""
+        by_row: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            for packed in self._packed(sequences):
+                by_row |= unpack(self._forward(packed).index_select(0, packed.index_T), packed)
+        return tuple(by_row[row] for row in range(len(sequences)))
 
     @contextmanager
-    def in_memory(part: nn.Module) -> Iterator[None]:
-        part.to_empty(device=runtime.device)
-        _fill(model, saved, runtime)
-        yield
-        part.to("meta")
+    def reference(self) -> Iterator[None]:
+        """Inside, every pass runs on the fixed initial weights: pi_ref, and by default the teacher."""
+        weights: AbstractContextManager[None] = (
+            adapters_disabled(self.model) if self._initial is None else _swapped(self.model, self._initial)
+        )
+        with weights:
+            yield
 
-    return model, in_memory
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Inside, every pass runs on the teacher's weights: the initial ones, the current ones or their average."""
+        weights: dict[str, AbstractContextManager[None]] = {
+            "fixed": self.reference(),
+            "live": nullcontext(),
+            "ema": _swapped(self.model, self.teacher_average),
+        }
+        with weights[self._teacher]:
+            yield
+
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Inside, the policy is another one, far away, and the same on every rank: see `setup.check_refit`.
+
+        Adapters' B are moved, or where all weights train, those of the norms: they are small. By random numbers: what
+        one constant adds to every element of B has one sign in all outputs, and squares from layer to layer, to 1e6
+        where float16 ends at 65 504.
+        """
+        generator = torch.Generator(self.runtime.device).manual_seed(1)
+        moved = {}
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(".B") if self._initial is None else parameter.dim() == 1:
+                noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+                moved[name] = parameter.detach() / 2 + CHANGE * noise.to(parameter.dtype)
+        with _swapped(self.model, moved):
+            yield
+
+    # The optimizer step.
+
+    def update(self, batch: TrainBatch, token_loss: TokenLoss, aux: AuxLoss | None = None) -> StepResult:
+        """One optimizer step on the batch. None, and `skipped` is true, when loss or gradient are not finite or the
+        gradient norm is over `grad_norm_limit`.
+
+        `loss/total` and the other sums in the metrics are this data-parallel rank's share.
+        """
+        # All that the device needs from the host goes over before the first pass; metrics come back after the last.
+        microbatches = [(packed, self._known_inputs(packed, batch)) for packed in self._packed(batch.sequences)]
+        loss_scale = self.optimizer.get_loss_scale()
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        logs: list[list[Metrics]] = self._forward_backward(
+            forward_step_func=partial(self._forward_step, counts=batch.counts, token_loss=token_loss, aux=aux),
+            data_iterator=iter(microbatches),
+            model=[self._ddp],
+            num_microbatches=len(microbatches),
+            seq_length=0,  # unused without pipeline stages, as is the next
+            micro_batch_size=0,
+            forward_only=False,
+        )
+        # Every rank takes the same branch: the norm is over all of them, and so is the verdict on the loss.
+        metrics = merge(*fetch(chain.from_iterable(logs)))
+        self.optimizer.prepare_grads()  # an overflow of scaled gradients is infinite in the norm too
+        grad_norm = float(self.optimizer.get_grad_norm())
+        usable = math.isfinite(grad_norm) and grad_norm <= self.grad_norm_limit
+        skipped = not (usable and self._everywhere(math.isfinite(metrics["loss/total"].value())))
+        if not skipped:
+            self._apply_gradients()
+            self.scheduler.step(increment=1)
+            self._move_average()
+        metrics["optim/grad_norm"] = Max(grad_norm)
+        metrics["optim/lr"] = Max(self.optimizer.param_groups[0]["lr"])
+        metrics["optim/skipped_steps"] = Max(float(skipped))
+        if self.model.config.fp16:
+            metrics["optim/loss_scale"] = Max(float(loss_scale))
+        return StepResult(skipped=skipped, metrics=metrics)
+
+    def _apply_gradients(self) -> None:
+        """Clip them and let Adam step. `optimizer.step()` would prepare them a second time: divide them by the loss
+        scale once more, and count the step twice in it."""
+        for part in self.optimizer.chained_optimizers:
+            if part.config.clip_grad > 0:
+                part.clip_grad_norm(part.config.clip_grad)
+        self.optimizer.step_with_ready_grads()
+
+    def _move_average(self) -> None:
+        """Of the trained weights, for an averaged teacher. In float32: in bfloat16 small moves would be lost."""
+        parameters = dict(self.model.named_parameters())
+        for name, average in self.teacher_average.items():
+            average.lerp_(parameters[name].detach().float(), 1 - self._ema_decay)
+
+    def _everywhere(self, condition: bool) -> bool:
+        flag = torch.tensor(int(condition))
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.runtime.cpu_group)
+        return bool(flag)
+
+    def _forward_step(
+        self,
+        microbatches: Iterator[tuple[PackedBatch, MakeInputs]],
+        model: torch.nn.Module,
+        *,
+        counts: StepCounts,
+        token_loss: TokenLoss,
+        aux: AuxLoss | None,
+    ) -> tuple[torch.Tensor, partial]:
+        packed, inputs = next(microbatches)
+        hidden_SH = self._forward(packed, model)
+        return hidden_SH, partial(
+            self._loss, packed=packed, inputs=inputs, counts=counts, token_loss=token_loss, aux=aux
+        )
+
+    def _loss(
+        self,
+        hidden_SH: torch.Tensor,
+        *,
+        packed: PackedBatch,
+        inputs: MakeInputs,
+        counts: StepCounts,
+        token_loss: TokenLoss,
+        aux: AuxLoss | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Metrics]]:
+        """This micro-batch's share of the global loss: every sum divided by its own global count.
+
+        This is the one place where scales are decided. What comes out only has to be added up over micro-batches
+        and data-parallel ranks, which is what `calculate_per_token_loss` makes Megatron's schedule and its
+        DistributedDataParallel do (factor 1 each); `_finish_gradients` withholds the token count by which
+        Megatron would then divide.
+        """
+        hidden_TH = hidden_SH.index_select(0, packed.index_T)
+        logprobs_T, entropy_T = self._logprobs(hidden_TH, packed)
+        total, metrics = token_loss(inputs(logprobs_T=logprobs_T, entropy_T=entropy_T))
+        loss, logs = total / counts.tokens, [metrics]
+        if aux is not None:
+            weight_WH = output_weight(self.model)
+            for row, start in zip(packed.rows, packed.offsets, strict=False):
+                if positions := aux.positions(row):
+                    aux_loss, aux_metrics = aux(row, hidden_TH[start : start + positions], weight_WH)
+                    loss = loss + aux_loss / counts.prompts
+                    logs.append(aux_metrics)
+        logs.append({"loss/total": Sum(loss.detach())})
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), logs
+
+    def _known_inputs(self, packed: PackedBatch, batch: TrainBatch) -> MakeInputs:
+        """What is known of a micro-batch's tokens before its forward pass, on the device; each is sent once."""
+        device = self.runtime.device
+
+        def joined(values: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
+            if values is None:
+                return None
+            values_T = torch.cat([values[row] for row in packed.rows])
+            return send(values_T, device) if values_T.device.type == "cpu" else values_T
+
+        def repeated(values: Sequence[float]) -> torch.Tensor:
+            return send(torch.tensor([values[row] for row in packed.rows for _ in batch.weights[row]]), device)
+
+        return partial(
+            TokenInputs,
+            advantages_T=send(torch.tensor([w for row in packed.rows for w in batch.weights[row]]), device),
+            old_logprobs_T=joined(batch.old_logprobs),
+            reference_logprobs_T=joined(batch.reference_logprobs),
+            sampler_logprobs_T=joined(batch.sampler_logprobs),
+            scales_T=None if batch.scales is None else repeated(batch.scales),
+        )
+
+    # Weights out.
+
+    def weights(self, rounding: Rounding | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face names and full tensors, adapters merged unless disabled; every rank iterates in step."""
+        return hf_weights(self.model, self.hf, self.runtime, merged=adapters_enabled(self.model), rounding=rounding)
+
+    # What all passes share.
+
+    def _packed(self, sequences: Sequence[TokenSequence]) -> Iterator[PackedBatch]:
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        for rows in micro_batches(lengths, self._token_budget):
+            yield pack(sequences, rows, pad_id=self._pad_id, multiple=self._multiple, device=self.runtime.device)
+
+    def _forward(self, packed: PackedBatch, model: torch.nn.Module | None = None) -> torch.Tensor:
+        return hidden_states(model or self.model, packed.tokens_S, packed.bounds, packed.starts)
+
+    def _logprobs(self, hidden_TH: torch.Tensor, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_logprobs(
+            hidden_TH,
+            output_weight(self.model),
+            packed.targets_T,
+            temperature=self.temperature,
+            group=self.runtime.tp_group,
+            chunk_tokens=self.chunk_tokens,
+            vocab_size=self.hf.vocab_size,
+        )
 
 
-def _build(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime, dtype: str) -> GPTModel:
-    model = build_model(saved.hf, ModelConfig(path=str(saved.hf_folder), dtype=dtype), parallel, runtime)
-    if saved.lora is not None:
-        add_lora(model, saved.lora, seed=0, runtime=runtime)  # what they are drawn as is overwritten
-    return model
+def _copy_of_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def _fill(model: GPTModel, saved: SavedPolicy, runtime: Runtime) -> None:
-    """From the checkpoint, and from the base model what it does not hold. What is on the meta device is left there."""
-    if saved.lora is not None:
-        assert saved.base is not None
-        load_hf_weights(model, saved.hf, saved.base, runtime)
-    trained = trained_weights(model, sharding=saved.sharding)
-    wanted = {name: tensor for name, tensor in trained.items() if not tensor.data.is_meta}
-    fill_tensors(wanted, saved.folder)
+def _trained_in_float32(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter.detach().to(torch.float32, copy=True) for name, parameter in trained.items()}
+
+
+@contextmanager
+def _swapped(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Run on `weights`, then on the current ones again, bit for bit. In place: Megatron's buffers own the storage."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in weights}
+    current = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.copy_(current[name])
+
+
+def _finish_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **kwargs) -> None:
+    """Reduce gradients over ranks; losses arrive divided by their global counts, so nothing is divided here."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _optimizer(
+    model: GPTModel, config: OptimizerConfig, dtype: torch.dtype
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """Megatron's data-parallel wrapper and Adam over the trainable parameters."""
+    assert model.config.calculate_per_token_loss, "see MegatronPolicy._loss"
+    ddp = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.distributed,
+            overlap_grad_reduce=False,
+            check_for_nan_in_grad=False,  # update() looks at the gradient norm, skips the step and counts it
+        ),
+        module=model,
+    )
+    model.config.no_sync_func = ddp.no_sync
+    model.config.finalize_model_grads_func = _finish_gradients
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=0.0,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
+            initial_loss_scale=LOSS_SCALE,
+            loss_scale_window=LOSS_SCALE_WINDOW,
+            hysteresis=1,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        [ddp],
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    return ddp, optimizer
+
+
+def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:
+    """Linear warm-up, then constant, or cosine to zero at decay_steps."""
+    decay_steps = config.decay_steps or config.warmup_steps + 1
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if config.warmup_steps else config.lr,
+        max_lr=config.lr,
+        min_lr=0.0,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style="cosine" if config.decay_steps else "constant",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+    )

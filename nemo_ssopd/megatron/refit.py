@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nemo_ssopd.config import Config, LoraConfig
-from nemo_ssopd.health import UnhealthyRun
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.config.run import Config, LoraConfig
 from nemo_ssopd.megatron.lora import adapters_enabled
+from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.weights import peft_weights
+from nemo_ssopd.run.alarms import UnhealthyRun
 from nemo_ssopd.types import SentTensor
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -43,7 +43,7 @@ class Engine(Protocol):
     def differing(self, sent: Mapping[str, SentTensor]) -> list[str]: ...
 
 
-def refit(actor: MegatronGRPOActor, engine: Engine, config: Config, *, policy_version: int) -> None:
+def refit(actor: MegatronPolicy, engine: Engine, config: Config, *, policy_version: int) -> None:
     """From here on the engine samples from the actor's policy, inside `reference` or `teacher` from that one's.
 
     All ranks call it, with config.rollout.refit. UnhealthyRun on all of them where an engine holds something else.

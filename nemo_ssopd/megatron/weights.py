@@ -27,9 +27,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from safetensors import safe_open
 from torch import nn
 
-from nemo_ssopd.hf_config import HFModelConfig
 from nemo_ssopd.megatron.lora import ColumnAdapter, adapters
 from nemo_ssopd.megatron.runtime import Runtime
+from nemo_ssopd.models.hf_config import HFModelConfig
 
 InMemory: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
 

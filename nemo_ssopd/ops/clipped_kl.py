@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_ssopd.ops.linear_distillation import linear_distillation
+from nemo_ssopd.ops.fused_output_loss import linear_distillation
 from nemo_ssopd.ops.vocab_parallel import (
     RowNorm,
     compute_dtype,
@@ -35,7 +35,7 @@ from nemo_ssopd.ops.vocab_parallel import (
 
 
 @dataclass(frozen=True)
-class ClippedKLStats:
+class DivergenceStats:
     """What to log beside the loss, per token, without gradient, in nats.
 
     Example: p_T = (0.5, 0.5), p_S = (0.9, 0.1), clip 0.05. The summands are (-0.294, 0.805), so the loss is
@@ -73,7 +73,7 @@ def vocab_parallel_clipped_kl_with_stats(
     clip: float,
     group: dist.ProcessGroup | None,
     vocab_size: int | None = None,
-) -> tuple[Tensor, ClippedKLStats]:
+) -> tuple[Tensor, DivergenceStats]:
     """`vocab_parallel_clipped_kl`, and its statistics out of the same passes."""
     return _logits_clipped_kl(student_logits, teacher_logits, clip, group, vocab_size)
 
@@ -117,7 +117,7 @@ def linear_clipped_kl_with_stats(
     group: dist.ProcessGroup | None,
     chunk_tokens: int,
     vocab_size: int | None = None,
-) -> tuple[Tensor, ClippedKLStats]:
+) -> tuple[Tensor, DivergenceStats]:
     """`linear_clipped_kl`, and its statistics out of the same passes."""
     _check_pair(student_hidden, teacher_hidden, clip)
     layer = output_layer(
@@ -129,7 +129,7 @@ def linear_clipped_kl_with_stats(
         vocab_size=vocab_size,
     )
     loss_T, stats_T5 = linear_distillation(student_hidden, teacher_hidden, weight, _ClippedKL(clip, group), layer)
-    return loss_T, ClippedKLStats(*stats_T5.unbind(1))
+    return loss_T, DivergenceStats(*stats_T5.unbind(1))
 
 
 def _logits_clipped_kl(
@@ -138,14 +138,14 @@ def _logits_clipped_kl(
     clip: float,
     group: dist.ProcessGroup | None,
     vocab_size: int | None,
-) -> tuple[Tensor, ClippedKLStats]:
+) -> tuple[Tensor, DivergenceStats]:
     _check_pair(student_TW, teacher_TW, clip)
     width = student_TW.shape[1]
     if vocab_size is not None:
         shard = shard_columns(width, vocab_size, group, student_TW.device)
         width = shard.stop - shard.start
     loss_T, stats_T5 = _LogitsClippedKL.apply(student_TW, teacher_TW.detach(), _ClippedKL(clip, group), width)
-    return loss_T, ClippedKLStats(*stats_T5.unbind(1))
+    return loss_T, DivergenceStats(*stats_T5.unbind(1))
 
 
 def _check_pair(student: Tensor, teacher: Tensor, clip: float) -> None:
@@ -160,7 +160,7 @@ def _check_pair(student: Tensor, teacher: Tensor, clip: float) -> None:
 
 @dataclass(frozen=True)
 class _ClippedKL:
-    """The token loss: see `TokenLoss`."""
+    """The token loss: see `LogitsLoss`."""
 
     clip: float
     group: dist.ProcessGroup | None
@@ -206,10 +206,10 @@ class _LogitsClippedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_TW: Tensor, teacher_TW: Tensor, token_loss: _ClippedKL, width: int
+        ctx: Any, student_TW: Tensor, teacher_TW: Tensor, logits_loss: _ClippedKL, width: int
     ) -> tuple[Tensor, Tensor]:
-        loss_T, stats_T5, saved_T5 = token_loss.evaluate(student_TW[:, :width], teacher_TW[:, :width])
-        ctx.token_loss, ctx.width = token_loss, width
+        loss_T, stats_T5, saved_T5 = logits_loss.evaluate(student_TW[:, :width], teacher_TW[:, :width])
+        ctx.logits_loss, ctx.width = logits_loss, width
         ctx.save_for_backward(student_TW, teacher_TW, saved_T5)
         ctx.mark_non_differentiable(stats_T5)
         return loss_T.clone(), stats_T5
@@ -220,7 +220,7 @@ class _LogitsClippedKL(torch.autograd.Function):
         student_TW, teacher_TW, saved_T5 = ctx.saved_tensors
         grad_TW = in_huge_pages(torch.empty_like(student_TW, memory_format=torch.contiguous_format))
         grad_TW[:, ctx.width :] = 0.0  # padding
-        ctx.token_loss.write_gradient(
+        ctx.logits_loss.write_gradient(
             student_TW[:, : ctx.width], teacher_TW[:, : ctx.width], saved_T5, upstream_T, grad_TW[:, : ctx.width]
         )
         return grad_TW, None, None, None

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_ssopd.ops.clipped_kl import ClippedKLStats
-from nemo_ssopd.ops.linear_distillation import linear_distillation
+from nemo_ssopd.ops.clipped_kl import DivergenceStats
+from nemo_ssopd.ops.fused_output_loss import linear_distillation
 from nemo_ssopd.ops.vocab_parallel import LN_2, compute_dtype, gather_shards, output_layer, sum_shards
 
 
@@ -56,7 +56,7 @@ def linear_divergence(
     group: dist.ProcessGroup | None,
     chunk_tokens: int,
     vocab_size: int | None = None,
-) -> tuple[Tensor, ClippedKLStats]:
+) -> tuple[Tensor, DivergenceStats]:
     """The clipped divergence of each token, [T], in nats, and its statistics; their `kl_T` is the unclipped one.
 
     Arguments and gradients are those of `linear_clipped_kl`.
@@ -67,12 +67,12 @@ def linear_divergence(
     loss_T, stats_T5 = linear_distillation(
         student_hidden, teacher_hidden, weight, _TokenDivergence(divergence, group), layer
     )
-    return loss_T, ClippedKLStats(*stats_T5.unbind(1))
+    return loss_T, DivergenceStats(*stats_T5.unbind(1))
 
 
 @dataclass(frozen=True)
 class _TokenDivergence:
-    """The token loss: see `TokenLoss`."""
+    """The token loss: see `LogitsLoss`."""
 
     divergence: Divergence
     group: dist.ProcessGroup | None

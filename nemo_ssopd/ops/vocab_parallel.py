@@ -29,12 +29,12 @@ def row_kernels(tensor: Tensor) -> ModuleType:
     if tensor.device.type == "cuda":
         if tensor.dtype == torch.float64:
             raise TypeError("float64 is for checks on CPU: the CUDA kernels compute in float32")
-        from nemo_ssopd.ops import clipped_kl_triton  # noqa: PLC0415
+        from nemo_ssopd.ops import row_kernels_triton  # noqa: PLC0415
 
-        return clipped_kl_triton
-    from nemo_ssopd.ops import row_kernels_numba  # noqa: PLC0415
+        return row_kernels_triton
+    from nemo_ssopd.ops import row_kernels_cpu  # noqa: PLC0415
 
-    return row_kernels_numba
+    return row_kernels_cpu
 
 
 class RowNorm(NamedTuple):

@@ -34,7 +34,7 @@ run_job() {
     set_end_time
     mkdir -p "$(dirname "$log")"
     echo "job $SLURM_JOB_ID, restart $restart, nodes $SLURM_JOB_NODELIST: $kind $config ${overrides[*]}, log $log"
-    steps=$(in_job 1 1 "$python" -m nemo_ssopd.cluster "$kind" "$nodes" "$config" "${overrides[@]}") || exit 1
+    steps=$(in_job 1 1 "$python" -m nemo_ssopd.run.slurm "$kind" "$nodes" "$config" "${overrides[@]}") || exit 1
     while read -r tasks extra; do
         start "$tasks" "$module" --config-name "$config" "${overrides[@]}" ${extra:+"$extra"}
     done <<<"$steps"

@@ -18,7 +18,7 @@ from nemo_ssopd.algo.grpo import (
     ratio_stats,
     token_scales,
 )
-from nemo_ssopd.algo.objective import TokenInputs, grpo_loss
+from nemo_ssopd.algo.losses import TokenInputs, grpo_loss
 from nemo_ssopd.metrics import merge
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.3

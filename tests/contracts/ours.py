@@ -1,6 +1,6 @@
 """What our code takes from Megatron-Core, vLLM and Transformer Engine, found in its source without importing it.
 
-    for use in uses(): ...      # nemo_ssopd/megatron/actor.py:90 calls megatron.core.optimizer.ChainedOptimizer.step
+    for use in uses(): ...      # nemo_ssopd/megatron/policy.py:90 calls megatron.core.optimizer.ChainedOptimizer.step
 
 Names are followed through imports, and objects through annotations, constructors, isinstance and `TYPES`: the types
 that the source does not say. An attribute of an attribute whose type nobody knows is a `problem`, not a gap.

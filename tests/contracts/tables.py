@@ -34,8 +34,8 @@ _HEAD = f"{_VOCABULARY}.ParallelLMHead"
 # What an attribute or a local variable is, `f()` returns, and `x[]` holds. None: a tensor, or another thing of torch or
 # of Python. Several: it may be of each of these classes, so what is read must be in all of them.
 TYPES: dict[str, str | tuple[str, ...] | None] = {
-    f"{_OURS}.actor.MegatronGRPOActor.optimizer": _CHAINED,
-    **{f"benchmarks.gpu_report.actor.{name}.actor": f"{_OURS}.actor.MegatronGRPOActor" for name in _OF_ACTORS},
+    f"{_OURS}.policy.MegatronPolicy.optimizer": _CHAINED,
+    **{f"benchmarks.gpu_report.actor.{name}.actor": f"{_OURS}.policy.MegatronPolicy" for name in _OF_ACTORS},
     f"{_CORE}.pipeline_parallel.get_forward_backward_func()": (
         f"{_CORE}.pipeline_parallel.schedules.forward_backward_no_pipelining"
     ),
@@ -72,7 +72,7 @@ TYPES: dict[str, str | tuple[str, ...] | None] = {
     f"{_ROW}.weight": None,
     f"{_TENSOR}.data": None,
     f"{_CORE}.packed_seq_params.PackedSeqParams.cu_seqlens_q": None,
-    f"{_OURS}.checkpoint._with_data.weight": _TENSOR,
+    "nemo_ssopd.checkpoint.checkpoint._with_data.weight": _TENSOR,
     f"{_OURS}.model.hidden_states.model": _GPT,
     "nemo_ssopd.rollout.engine._completion.output": _OUTPUT,
     "nemo_ssopd.rollout.engine._completion.step": f"{_OUTPUT}.logprobs[]",
@@ -182,14 +182,16 @@ CALLBACKS = (
     ),
     _callback(f"{_TE}.TENorm", "te.pytorch.RMSNorm", "norm_module", to=("transformer_engine.pytorch.RMSNorm",)),
     # The training step.
-    _callback(_SCHEDULES, "forward_step_func", to=(f"{_OURS}.actor.MegatronGRPOActor._forward_step",), some=True),
-    _callback(_SCHEDULES, "loss_func", to=(f"{_OURS}.actor.MegatronGRPOActor._loss",), some=True),
-    _callback(_SCHEDULES, "config.finalize_model_grads_func", to=(f"{_OURS}.actor._finish_gradients",)),
+    _callback(_SCHEDULES, "forward_step_func", to=(f"{_OURS}.policy.MegatronPolicy._forward_step",), some=True),
+    _callback(_SCHEDULES, "loss_func", to=(f"{_OURS}.policy.MegatronPolicy._loss",), some=True),
+    _callback(_SCHEDULES, "config.finalize_model_grads_func", to=(f"{_OURS}.policy._finish_gradients",)),
     _callback(_SCHEDULES, "config.grad_scale_func", to=(f"{_CHAINED}.scale_loss",)),
     _callback(_SCHEDULES, "no_sync_func", to=(f"{_CORE}.distributed.DistributedDataParallel.no_sync",)),
     # Checkpoints.
     _callback(
-        f"{_CORE}.dist_checkpointing.serialization", "sharded_strategy.load", to=(f"{_OURS}.storage._CheckedLoad.load",)
+        f"{_CORE}.dist_checkpointing.serialization",
+        "sharded_strategy.load",
+        to=("nemo_ssopd.checkpoint.storage._CheckedLoad.load",),
     ),
     _callback(
         f"{_TRANSFORMER}.utils",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_ssopd.data.packing import micro_batches, pack, unpack
-from nemo_ssopd.types import Sequence
+from nemo_ssopd.types import TokenSequence
 
 
 def test_longest_first_into_the_first_micro_batch_with_room_ties_by_index():
@@ -28,10 +28,10 @@ def test_every_sequence_is_in_exactly_one_micro_batch_and_little_room_is_left():
 
 
 SEQUENCES = [
-    Sequence((1, 2, 3), 2),  # not packed below
-    Sequence((11, 12, 13, 14, 15), 2),
-    Sequence((21, 22, 23), 3),  # an empty completion
-    Sequence((31, 32, 33, 34), 1),
+    TokenSequence((1, 2, 3), 2),  # not packed below
+    TokenSequence((11, 12, 13, 14, 15), 2),
+    TokenSequence((21, 22, 23), 3),  # an empty completion
+    TokenSequence((31, 32, 33, 34), 1),
 ]
 
 

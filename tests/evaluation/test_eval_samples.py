@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from nemo_ssopd.config import EvaluationConfig
+from nemo_ssopd.config.run import EvaluationConfig
 from nemo_ssopd.evaluation import samples as module
 from nemo_ssopd.evaluation.results import SAMPLES, SetWriter, check_folder, check_identity
 from nemo_ssopd.evaluation.samples import Sample, evaluate, read_samples, summary_of, to_lines
-from nemo_ssopd.rollout.collect import request_seed
+from nemo_ssopd.rollout.collector import request_seed
 from nemo_ssopd.rollout.verifier import Verdict
 from nemo_ssopd.types import Completion, Prompt, RenderedPrompt
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import psutil
 
-from nemo_ssopd import health, launch, workers
+from nemo_ssopd.run import launch, watchdog, workers
 
 KIND, RANK, STEP, STAGE = os.environ["FAULT"].split()
 
-health.INTERVAL_S, health.SILENCE_S = 0.5, 10.0
+watchdog.INTERVAL_S, watchdog.SILENCE_S = 0.5, 10.0
 HANG_LIMIT_S = 8.0
 
-enter = health.Watch.enter
+enter = watchdog.Watch.enter
 
 
-def enter_and_suffer(watch: health.Watch, stage: str, step: int | None = None) -> None:
+def enter_and_suffer(watch: watchdog.Watch, stage: str, step: int | None = None) -> None:
     enter(watch, stage, step)
     here = watch.here()
     if KIND == "hang" and here.step == int(STEP):
@@ -85,7 +85,7 @@ FAULTS = {
 
 
 if __name__ == "__main__":
-    health.Watch.enter = enter_and_suffer
+    watchdog.Watch.enter = enter_and_suffer
     launch.run_workers = lambda parallel, module, arguments: workers.run_workers(
         parallel, "tests.faults.injected", arguments
     )

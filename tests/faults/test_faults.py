@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_ssopd.health import Beat, read_beat
-from nemo_ssopd.signals import EXIT_STOPPED
+from nemo_ssopd.run.signals import EXIT_STOPPED
+from nemo_ssopd.run.watchdog import Beat, read_beat
 
 ROOT = Path(__file__).parents[2]
 GRADING = ROOT / "nemo_ssopd" / "rollout" / "grading.py"

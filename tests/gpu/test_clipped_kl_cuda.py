@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_report.kernels import SHAPES, errors
-from nemo_ssopd.algo.distill import clipped_forward_kl
+from nemo_ssopd.algo.reference import clipped_forward_kl
 from nemo_ssopd.ops.clipped_kl import linear_clipped_kl_with_stats, vocab_parallel_clipped_kl
 from nemo_ssopd.ops.logprobs import linear_logprobs
 from tests.ops import oracle

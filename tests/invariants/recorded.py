@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget, grpo_loss
-from nemo_ssopd.config import (
+from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget, grpo_loss
+from nemo_ssopd.config.run import (
     Config,
     DataConfig,
     LoraConfig,
@@ -22,11 +22,11 @@ from nemo_ssopd.config import (
     RolloutConfig,
     TrainerConfig,
 )
-from nemo_ssopd.hf_config import read_hf_config
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.megatron.weights import hf_weights, peft_weights
-from nemo_ssopd.types import Sequence, StepCounts, TrainBatch
+from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.types import StepCounts, TokenSequence, TrainBatch
 
 TEMPERATURE, CLIP, CLIP_LOW, CLIP_HIGH, REFERENCE_KL = 1.1, 0.05, 0.2, 0.25, 0.02
 
@@ -35,10 +35,10 @@ TEMPERATURE, CLIP, CLIP_LOW, CLIP_HIGH, REFERENCE_KL = 1.1, 0.05, 0.2, 0.25, 0.0
 class Recorded:
     """Eight sequences of four prompts, two of them distilled. Ratios leave the clip's range."""
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[TokenSequence, ...]
     advantages: tuple[float, ...]
     old_logprobs: tuple[torch.Tensor, ...]
-    teachers: dict[int, Sequence]
+    teachers: dict[int, TokenSequence]
     weights: dict[int, float]
     scales: tuple[float, ...]
     prompts: int = 4
@@ -52,11 +52,11 @@ def record(path: str) -> Recorded:
         return tuple(torch.randint(hf.vocab_size, (count,), generator=generator).tolist())
 
     sizes = [(5, 9), (5, 3), (7, 12), (7, 12), (4, 1), (4, 17), (6, 8), (6, 5)]
-    sequences = tuple(Sequence(tokens(prompt + completion), prompt) for prompt, completion in sizes)
+    sequences = tuple(TokenSequence(tokens(prompt + completion), prompt) for prompt, completion in sizes)
     teachers = {}
     for index, positions in {2: 8, 5: 17}.items():
         context = tokens(11)
-        teachers[index] = Sequence(context + sequences[index].completion[:positions], len(context))
+        teachers[index] = TokenSequence(context + sequences[index].completion[:positions], len(context))
     with torch.no_grad():
         exact = [logits(reference_model(path), s).log_softmax(-1).gather(-1, _targets(s))[:, 0] for s in sequences]
     noise = [0.4 * torch.randn(len(e), generator=generator, dtype=torch.float64) for e in exact]
@@ -77,13 +77,13 @@ def reference_model(path: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
 
 
-def logits(model: torch.nn.Module, sequence: Sequence) -> torch.Tensor:
+def logits(model: torch.nn.Module, sequence: TokenSequence) -> torch.Tensor:
     """[completion length, V], divided by the temperature."""
     all_logits = model(torch.tensor([sequence.tokens])).logits[0] / TEMPERATURE
     return all_logits[sequence.prompt_length - 1 : -1]
 
 
-def _targets(sequence: Sequence) -> torch.Tensor:
+def _targets(sequence: TokenSequence) -> torch.Tensor:
     return torch.tensor(sequence.completion)[:, None]
 
 
@@ -135,12 +135,12 @@ def config_for(
     )
 
 
-def build_actor(config: Config) -> MegatronGRPOActor:
+def build_actor(config: Config) -> MegatronPolicy:
     runtime = initialize(config.parallel, seed=1)
-    return MegatronGRPOActor(config, read_hf_config(config.model.path), runtime, pad_id=0)
+    return MegatronPolicy(config, read_hf_config(config.model.path), runtime, pad_id=0)
 
 
-def one_update(actor: MegatronGRPOActor, recorded: Recorded, *, aux: bool = True):
+def one_update(actor: MegatronPolicy, recorded: Recorded, *, aux: bool = True):
     """An update on this data-parallel rank's share: whole prompts, dealt out in turn."""
     rank, size = actor.runtime.dp_rank, actor.runtime.dp_size
     mine = [i for i in range(len(recorded.sequences)) if (i // 2) % size == rank]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_ssopd.config import Config
+from nemo_ssopd.config.run import Config
 from nemo_ssopd.megatron.lora import adapters
 from tests.distributed import run_distributed
 from tests.invariants.recorded import (

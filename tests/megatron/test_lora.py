@@ -15,12 +15,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_tensor_model_parallel_region
 from transformers import AutoModelForCausalLM
 
-from nemo_ssopd.config import LoraConfig, ParallelConfig
-from nemo_ssopd.hf_config import HFModelConfig
+from nemo_ssopd.config.run import LoraConfig, ParallelConfig
 from nemo_ssopd.megatron.lora import ColumnAdapter, adapters, adapters_disabled, add_lora
 from nemo_ssopd.megatron.model import output_weight
 from nemo_ssopd.megatron.runtime import Runtime, initialize
 from nemo_ssopd.megatron.weights import hf_weights, peft_weights
+from nemo_ssopd.models.hf_config import HFModelConfig
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import hidden_BSH, load_megatron, logits_BSV, save_random_model, tokens_BS
 

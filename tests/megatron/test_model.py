@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM
 
-from nemo_ssopd.config import LoraConfig, ParallelConfig
+from nemo_ssopd.config.run import LoraConfig, ParallelConfig
 from nemo_ssopd.data.packing import pack
 from nemo_ssopd.megatron.lora import adapters, add_lora
 from nemo_ssopd.megatron.model import hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import initialize, shutdown
-from nemo_ssopd.types import Sequence
+from nemo_ssopd.types import TokenSequence
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import HF_CONFIGS, hidden_BSH, load_megatron, logits_BSV, save_random_model, tokens_BS
 
@@ -107,7 +107,7 @@ def packed_and_alone(path: str, parallel: ParallelConfig, recompute: bool) -> tu
     lengths = (9, 24, 1, 17, 2)
     tokens = tokens_BS(hf.vocab_size, rows=1, length=sum(lengths))[0].split(lengths)
     batch = pack(
-        [Sequence(tuple(sequence.tolist()), 1) for sequence in tokens],
+        [TokenSequence(tuple(sequence.tolist()), 1) for sequence in tokens],
         tuple(range(len(lengths))),
         pad_id=0,
         multiple=2,

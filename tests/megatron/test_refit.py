@@ -14,15 +14,15 @@ import torch
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
-from nemo_ssopd.config import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig
-from nemo_ssopd.health import UnhealthyRun
-from nemo_ssopd.hf_config import read_hf_config
-from nemo_ssopd.megatron.actor import MegatronGRPOActor
+from nemo_ssopd.config.run import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.lora import adapters
+from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.megatron.weights import peft_weights
-from nemo_ssopd.types import Sequence
+from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.run.alarms import UnhealthyRun
+from nemo_ssopd.types import TokenSequence
 from tests.distributed import run_distributed
 
 DEMO = str(Path(__file__).parents[2] / "assets" / "demo_model")
@@ -87,9 +87,9 @@ def save_qwen2(folder: Path) -> str:
 
 
 def examine(path: str, mode: str, tensor: int) -> Findings:
-    from nemo_ssopd.rollout.collect import RolloutCollector  # noqa: PLC0415
+    from nemo_ssopd.rollout.collector import RolloutCollector  # noqa: PLC0415
     from nemo_ssopd.rollout.engine import RolloutEngine  # noqa: PLC0415 -- vLLM
-    from nemo_ssopd.train import check_refit  # noqa: PLC0415
+    from nemo_ssopd.setup import check_refit  # noqa: PLC0415
 
     parallel = ParallelConfig(world_size=tensor, tensor=tensor)
     runtime = initialize(parallel, seed=1)
@@ -101,7 +101,7 @@ def examine(path: str, mode: str, tensor: int) -> Findings:
         data=DataConfig(train="train.jsonl"),
     )
     config = replace(config, rollout=replace(config.rollout, refit=mode, temperature=1.0))
-    actor = MegatronGRPOActor(config, read_hf_config(path), runtime, pad_id=0)
+    actor = MegatronPolicy(config, read_hf_config(path), runtime, pad_id=0)
     engine = RolloutEngine(
         path,
         tensor=tensor,
@@ -183,7 +183,7 @@ def changed_policy(path: str) -> tuple[float, float]:
         parallel=parallel,
         data=DataConfig(train="train.jsonl"),
     )
-    actor = MegatronGRPOActor(config, read_hf_config(path), runtime, pad_id=0)
+    actor = MegatronPolicy(config, read_hf_config(path), runtime, pad_id=0)
     seen: list[float] = []
     with actor.changed():
         handle = actor.model.decoder.final_layernorm.register_forward_pre_hook(
@@ -194,7 +194,7 @@ def changed_policy(path: str) -> tuple[float, float]:
     return max(seen), float((changed - logprobs(actor, fixed_sequences(actor))).abs().mean())
 
 
-def move_adapters(actor: MegatronGRPOActor, steps: int) -> None:
+def move_adapters(actor: MegatronPolicy, steps: int) -> None:
     """As optimizer steps of one sign do; B is whole on each rank's part, so signs follow from places alone."""
     with torch.no_grad():
         for adapter in adapters(actor.model):
@@ -202,23 +202,23 @@ def move_adapters(actor: MegatronGRPOActor, steps: int) -> None:
             adapter.B.add_(RATE * steps * (1 - 2.0 * ((rows + columns) % 3 % 2)).to(adapter.B.dtype))
 
 
-def fixed_sequences(actor: MegatronGRPOActor) -> list[Sequence]:
+def fixed_sequences(actor: MegatronPolicy) -> list[TokenSequence]:
     tokens = torch.randint(actor.hf.vocab_size, (16, 36), generator=torch.Generator().manual_seed(3)).tolist()
-    return [Sequence(tuple(row), 12) for row in tokens]
+    return [TokenSequence(tuple(row), 12) for row in tokens]
 
 
-def logprobs(actor: MegatronGRPOActor, sequences: list[Sequence]) -> torch.Tensor:
+def logprobs(actor: MegatronPolicy, sequences: list[TokenSequence]) -> torch.Tensor:
     return torch.cat(actor.logprobs(sequences)).float()
 
 
-def mismatch(actor: MegatronGRPOActor, engine: Any) -> float:
+def mismatch(actor: MegatronPolicy, engine: Any) -> float:
     """Mean |engine - trainer| of the log-probs of sampled tokens, as rollout/logprob_mismatch."""
     prompts = [sequence.prompt for sequence in fixed_sequences(actor)]
     completions = engine.generate(
         prompts, seeds=list(range(len(prompts))), temperature=1.0, max_new_tokens=24, stop_token_ids=()
     )
     sampled = torch.cat([torch.tensor(completion.logprobs) for completion in completions])
-    sequences = [Sequence((*p, *c.tokens), len(p)) for p, c in zip(prompts, completions, strict=True)]
+    sequences = [TokenSequence((*p, *c.tokens), len(p)) for p, c in zip(prompts, completions, strict=True)]
     return float((logprobs(actor, sequences) - sampled).abs().mean())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_ssopd.algo.distill import clipped_forward_kl
+from nemo_ssopd.algo.reference import clipped_forward_kl
 
 
 def logits(num_tokens: int, width: int, *, seed: int, scale: float = 3.0, inf_share: float = 0.0) -> Tensor:

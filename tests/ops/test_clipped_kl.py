@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_ssopd.algo.distill import clipped_forward_kl
+from nemo_ssopd.algo.reference import clipped_forward_kl
 from nemo_ssopd.ops.clipped_kl import (
     linear_clipped_kl,
     linear_clipped_kl_with_stats,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_ssopd.algo.objective import ClippedDistillation, DistillTarget
+from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget
 from nemo_ssopd.ops.clipped_kl import linear_clipped_kl_with_stats
 from nemo_ssopd.ops.divergences import Divergence, linear_divergence
 from tests.distributed import run_distributed

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import hashlib, torch
 from nemo_ssopd.ops.clipped_kl import vocab_parallel_clipped_kl
-from nemo_ssopd.ops.row_kernels_numba import row_statistics, write_logprob_gradient
+from nemo_ssopd.ops.row_kernels_cpu import row_statistics, write_logprob_gradient
 from nemo_ssopd.ops.vocab_parallel import norm_and_entropy
 torch.manual_seed(0)
 student, teacher = (3 * torch.randn(40, 3000, requires_grad=True) for _ in range(2))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_ssopd.algo.distill import clipped_forward_kl
+from nemo_ssopd.algo.reference import clipped_forward_kl
 from nemo_ssopd.ops.clipped_kl import linear_clipped_kl_with_stats, vocab_parallel_clipped_kl
 from nemo_ssopd.ops.logprobs import linear_logprobs
 from tests.distributed import run_distributed

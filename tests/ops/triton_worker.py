@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from nemo_ssopd.ops import clipped_kl_triton, row_kernels_numba
+from nemo_ssopd.ops import row_kernels_cpu, row_kernels_triton
 from nemo_ssopd.ops.vocab_parallel import norm_and_entropy
 from tests.ops import oracle
 
@@ -28,7 +28,7 @@ def errors_of(num_tokens: int, width: int, dtype: torch.dtype, scale: float, inf
     upstream_T = torch.linspace(-1.0, 2.0, num_tokens)
     targets_T = torch.arange(num_tokens) * 7 - 1  # the first is on another shard
     results = []
-    for kernels in (clipped_kl_triton, row_kernels_numba):
+    for kernels in (row_kernels_triton, row_kernels_cpu):
         stats = [kernels.row_statistics(logits) for logits in (student, teacher)]
         (student_norm, _), (teacher_norm, _) = (norm_and_entropy(s.unsqueeze(0)) for s in stats)
         sums = kernels.kl_sums(student, teacher, student_norm, teacher_norm, CLIP)

@@ -1,0 +1,1 @@
+"""The settings: dataclasses with their defaults, and the checks beside them."""

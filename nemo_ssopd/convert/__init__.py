@@ -1,0 +1,1 @@
+"""Between checkpoints and Hugging Face, PEFT and Megatron-Bridge."""

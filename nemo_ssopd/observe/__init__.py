@@ -1,0 +1,1 @@
+"""What people look at: sinks, report, model card, profiles."""

@@ -1,0 +1,1 @@
+"""Processes: command line, workers, signals, watchdog, SLURM."""

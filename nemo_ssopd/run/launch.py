@@ -1,0 +1,80 @@
+"""The command line: compose and check the config, then run it in this process or start the workers that will.
+
+    python scripts/train_ssopd.py --config-name tiny_cpu trainer.max_steps=5
+
+Under torchrun or srun this is one of the workers already. From a plain shell it starts the workers of this node.
+Exit codes: 0 finished, 75 stopped on request and saved, everything else failed.
+"""
+
+from __future__ import annotations
+
+from nemo_ssopd.run.signals import EXIT_STOPPED, ignore_stop_requests, note_stop_requests, received
+
+note_stop_requests()  # before the imports that take seconds
+
+import logging  # noqa: E402
+import sys  # noqa: E402
+import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+# Megatron-Core warns at import of every fused kernel that it does without; on CPU that is all of them.
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+
+from nemo.core.config import hydra_runner  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from nemo_ssopd.config.run import CONF, Config, from_hydra  # noqa: E402
+from nemo_ssopd.data.loading import load_data  # noqa: E402
+from nemo_ssopd.run.watchdog import last_seen  # noqa: E402
+from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher  # noqa: E402
+
+
+@hydra_runner(config_path=str(CONF), config_name="tiny_cpu")
+def main(composed: DictConfig) -> None:
+    """Console entry `nemo-ssopd-train`."""
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    try:
+        config = from_hydra(composed)
+        prepare_run_dir(config)
+        if not under_launcher():
+            load_data(config)  # for its errors: one clear message here, rather than one from every worker
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if under_launcher():
+        from nemo_ssopd.train import train  # noqa: PLC0415 -- Megatron-Core and vLLM; checking a config needs neither
+
+        code = train(config)
+    else:
+        code = start(config)
+    ignore_stop_requests()
+    sys.exit(code)
+
+
+def start(config: Config) -> int:
+    """Run the workers; their exit code."""
+    if received:
+        return EXIT_STOPPED
+    sys.stdout.flush()
+    ending = run_workers(config.parallel, "nemo_ssopd.run.launch", sys.argv[1:])
+    if ending.signal is not None:
+        print(
+            f"error: rank {ending.rank} was killed by {ending.signal.name}{last_seen(config.run_dir, ending.rank)}, "
+            f"and the other ranks were ended. Checkpoints are whole: go on with trainer.resume=true",
+            file=sys.stderr,
+        )
+    return ending.code
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Refuse to write over another run. Workers check too: none writes before all have joined the process group."""
+    run_dir = Path(config.run_dir)
+    holds_a_run = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
+    if holds_a_run and not config.trainer.resume:
+        raise ValueError(
+            f"run_dir={config.run_dir!r} holds a run: give another run_dir, or continue it with trainer.resume=true"
+        )
+    make_run_dir(config.run_dir)
+
+
+if __name__ == "__main__":
+    main()

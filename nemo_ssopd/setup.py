@@ -1,0 +1,192 @@
+"""The parts that a run is made of, on one rank, and the state that they start in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from nemo_ssopd.algo.losses import TokenLoss, grpo_loss, sft_loss
+from nemo_ssopd.checkpoint.checkpoint import LoopState, load_checkpoint
+from nemo_ssopd.config.run import Config, engine_tensor, importance_cap
+from nemo_ssopd.data.loading import RunData
+from nemo_ssopd.data.prompts import PromptOrder
+from nemo_ssopd.megatron.policy import MegatronPolicy
+from nemo_ssopd.megatron.refit import refit
+from nemo_ssopd.megatron.runtime import Runtime
+from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.observe.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink, WandbSink
+from nemo_ssopd.rollout.collector import RolloutCollector, Sampling, request_seed
+from nemo_ssopd.rollout.engine import RolloutEngine
+from nemo_ssopd.rollout.verifier import MathVerifier
+from nemo_ssopd.run.alarms import UnhealthyRun
+from nemo_ssopd.run.watchdog import Watch
+from nemo_ssopd.types import TokenSequence
+
+CHECKED_TOKENS = 16
+"""Of each completion of `check_refit`."""
+
+CACHE_SHARE = 0.8
+"""Share of the engine's memory without its weights that a cache of fixed size takes; the rest is left for what a step
+of the engine needs (ours; not measured)."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a run is made of, on one rank. An SFT run without data.eval has no collector."""
+
+    config: Config
+    hf: HFModelConfig
+    runtime: Runtime
+    watch: Watch
+    data: RunData
+    order: PromptOrder
+    actor: MegatronPolicy
+    optional_collector: RolloutCollector | None
+    token_loss: TokenLoss
+
+    @property
+    def collector(self) -> RolloutCollector:
+        assert self.optional_collector is not None, "this run samples nothing"
+        return self.optional_collector
+
+    @property
+    def prompts_per_rank(self) -> int:
+        return self.config.trainer.prompts_per_step // self.runtime.dp_size
+
+
+def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trainer:
+    """The policy first; then the engine, in what memory is left."""
+    algorithm, is_sft = config.algorithm, config.algorithm.name == "sft"
+    hf = read_hf_config(config.model.path)
+    surrogate = partial(
+        grpo_loss,
+        clip_low=algorithm.clip_ratio_low,
+        clip_high=algorithm.clip_ratio_high,
+        reference_kl=algorithm.reference_kl,
+        penalty=algorithm.reference_penalty,
+        dual_clip=algorithm.dual_clip,
+        importance_cap=importance_cap(config),
+    )
+    policy = MegatronPolicy(config, hf, runtime, pad_id=data.stop_token_ids[0])
+    return Trainer(
+        config=config,
+        hf=hf,
+        runtime=runtime,
+        watch=watch,
+        data=data,
+        order=PromptOrder(len(data.supervised if is_sft else data.train), config.trainer.seed),
+        actor=policy,
+        optional_collector=build_collector(config, data, runtime, policy) if data.train or data.eval else None,
+        token_loss=sft_loss if is_sft else surrogate,
+    )
+
+
+def build_collector(config: Config, data: RunData, runtime: Runtime, policy: MegatronPolicy) -> RolloutCollector:
+    """The engine of this rank, and on the first rank of a tensor-parallel group the verifier."""
+    rollout, verifier = config.rollout, None
+    if runtime.tp_rank == 0:
+        verifier = MathVerifier(
+            workers=config.verifier.workers, timeout_s=config.verifier.timeout_s, memory_gb=config.verifier.memory_gb
+        )
+    engine = RolloutEngine(
+        config.model.path,
+        tensor=engine_tensor(config),
+        dtype=config.model.dtype,
+        max_model_len=longest_request(config),
+        max_sequences=rollout.max_sequences,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        cpu_cache_gib=rollout.cpu_cache_gib,
+        seed=config.trainer.seed,
+        trust_remote_code=config.model.trust_remote_code,
+        lora_rank=config.lora.rank if rollout.refit == "adapter" else 0,
+        gpu_cache_bytes=fixed_cache(config, runtime, policy.base_bytes),
+    )
+    return RolloutCollector(
+        engine,
+        verifier,
+        data.tokenizer,
+        stop_token_ids=data.stop_token_ids,
+        engine_tensor=engine_tensor(config),
+        group=runtime.tp_cpu_group,
+    )
+
+
+def fixed_cache(config: Config, runtime: Runtime, base_bytes: int) -> int:
+    """Return the bytes of the engine's KV cache on CUDA, from the config and the size of the card alone.
+
+    `base_bytes` are this rank's shard of the base model. 0 lets vLLM take what is free.
+    """
+    if not runtime.deterministic or runtime.device.type == "cpu":
+        return 0
+    _, total = torch.cuda.mem_get_info()
+    weights = base_bytes * config.parallel.tensor / engine_tensor(config)
+    return int((config.rollout.gpu_memory_utilization * total - weights) * CACHE_SHARE)
+
+
+def longest_request(config: Config) -> int:
+    """Tokens that the engine has room for: prompt and completion."""
+    new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens if config.data.eval else 0)
+    return config.rollout.max_prompt_tokens + new_tokens
+
+
+def sinks(config: Config, state: LoopState) -> list[Sink]:
+    """Where rank 0 writes metrics. What a cut-off run logged after `state` is dropped."""
+    run_dir, first = Path(config.run_dir), state.step + 1 if state.step else 0
+    chosen: list[Sink] = [
+        JsonlSink(run_dir / "metrics.jsonl", first),
+        ConsoleSink(config.trainer.max_steps, state.step),
+    ]
+    if config.logging.tensorboard:
+        chosen.append(TensorBoardSink(run_dir / "tensorboard", first))
+    if config.logging.wandb_project:
+        chosen.append(WandbSink(config.logging.wandb_project, run_dir, asdict(config), first))
+    return chosen
+
+
+def resume_or_begin(trainer: Trainer) -> LoopState:
+    """The newest checkpoint, if asked for; the engine gets the policy's weights."""
+    config = trainer.config
+    trainer.watch.enter("resume")
+    state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
+    if trainer.optional_collector is not None:
+        trainer.watch.enter("refit")
+        check_refit(trainer, state.step)
+        refit(trainer.actor, trainer.collector.engine, config, policy_version=state.step)
+    if trainer.runtime.is_main:
+        OmegaConf.save(OmegaConf.structured(config), Path(config.run_dir) / "config.yaml")
+    return state
+
+
+def check_refit(trainer: Trainer, step: int) -> None:
+    """Refit the engine with a policy far from the real one, and see that its samples have that policy's log-probs.
+
+    All ranks call it, once; the trainer's weights are afterwards as before. UnhealthyRun on all ranks when an engine is
+    nearer to the real policy. Refits compare tensors, this the tokens that come of them: graphs, caches and kernels.
+    """
+    config, actor, collector = trainer.config, trainer.actor, trainer.collector
+    prompt, count = (trainer.data.train or trainer.data.eval)[0].tokens, trainer.runtime.tp_size
+    sampling = Sampling(config.rollout.temperature, min(config.rollout.max_new_tokens, CHECKED_TOKENS))
+    with actor.changed():
+        refit(actor, collector.engine, config, policy_version=step)
+        seeds = [[request_seed("refit", index)] for index in range(count)]  # a prompt for every engine of the group
+        groups = collector.generate([prompt] * count, seeds=seeds, sampling=sampling)
+        sequences = [TokenSequence(prompt + completion.tokens, len(prompt)) for [completion] in groups]
+        changed = torch.cat(actor.logprobs(sequences)).cpu()
+    real = torch.cat(actor.logprobs(sequences)).cpu()
+    sampled = torch.tensor([logprob for [completion] in groups for logprob in completion.logprobs])
+    own = float((changed - real).abs().mean()), float((sampled - changed).abs().mean())
+    everywhere: list[Any] = [None] * trainer.runtime.world_size
+    dist.all_gather_object(everywhere, own, group=trainer.runtime.cpu_group)
+    if wrong := [(moved, away) for moved, away in everywhere if not away < moved / 2]:  # NaN is wrong too
+        moved, away = wrong[0]
+        raise UnhealthyRun(
+            f"refit: a change of the weights that moves log-probs by {moved:.3g} nats per token leaves the engine "
+            f"{away:.3g} away: it does not sample from the weights that it was sent. This is an error in the engine or "
+            "in its version"
+        )

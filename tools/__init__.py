@@ -1,0 +1,1 @@
+"""The memory plan and the scaling model: on paper, from configs. Not part of the package that trains."""
