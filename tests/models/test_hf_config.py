@@ -105,7 +105,10 @@ def test_files_that_are_not_there_or_not_whole(tmp_path: Path) -> None:
 
 def test_importing_it_is_cheap() -> None:
     """Validation reads it before anything heavy is loaded."""
-    code = "import sys, nemo_ssopd.models.hf_config; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'vllm')))"
+    code = (
+        "import sys, nemo_ssopd.models.hf_config; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'vllm')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
