@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,15 @@ def measured_rows(run: list[str]) -> str:
 
 def worker(name: str, overrides: list[str]) -> None:
     """One rank. Rank 0 prints {stage: [predicted bytes, measured bytes]}."""
-    from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget, grpo_loss  # noqa: PLC0415
+    from nemo_ssopd.algo.grpo import RatioClip  # noqa: PLC0415
+    from nemo_ssopd.algo.losses import Distillation, grpo_loss  # noqa: PLC0415
     from nemo_ssopd.config.run import as_dataclasses, compose_run, context_length, engine_tensor  # noqa: PLC0415
     from nemo_ssopd.megatron.policy import MegatronPolicy  # noqa: PLC0415
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
     from nemo_ssopd.models.hf_config import read_hf_config  # noqa: PLC0415
     from nemo_ssopd.rollout.engine import RolloutEngine  # noqa: PLC0415
-    from nemo_ssopd.types import TokenSequence  # noqa: PLC0415
+    from nemo_ssopd.teacher import read_by_teacher  # noqa: PLC0415
+    from nemo_ssopd.types import TeacherContext, TokenSequence  # noqa: PLC0415
     from tools.memory_plan import Machine, plan  # noqa: PLC0415
 
     config = as_dataclasses(compose_run(name, overrides))
@@ -116,26 +119,24 @@ def worker(name: str, overrides: list[str]) -> None:
     refit = peak(lambda: engine.load_weights(actor.weights(), policy_version=2))
     stages["refit, peak"] = phases["refit"]["refit buffers"], refit
 
-    batch = full_batch(config, hf.vocab_size, seed=runtime.dp_rank)
-    prefix = TokenSequence(batch.sequences[0].tokens[: config.rollout.max_prompt_tokens + config.algorithm.prefixes], 1)
-
-    def teacher() -> ClippedDistillation:
-        with actor.reference():
-            (hidden_KH,) = actor.hidden_states([prefix])
-        return ClippedDistillation(
-            targets={0: DistillTarget(hidden_KH[: config.algorithm.prefixes], 0.25)},
-            clip=config.algorithm.clip,
-            temperature=config.rollout.temperature,
-            chunk_tokens=config.trainer.chunk_tokens,
-            vocab_size=hf.vocab_size,
-            group=runtime.tp_group,
-        )
-
-    loss = partial(grpo_loss, clip_low=0.2, clip_high=0.2, reference_kl=0.0)
-    aux, before = teacher(), resident()
-    actor.update(batch, loss, aux)
+    examples = full_batch(config, hf.vocab_size, seed=runtime.dp_rank)
+    first, *others = examples
+    read = TokenSequence(first.sequence.tokens[: config.rollout.max_prompt_tokens + config.algorithm.prefix_tokens], 1)
+    K = min(config.algorithm.prefix_tokens, read.completion_length)
+    read = TokenSequence(read.tokens[: 1 + K], 1)
+    examples = read_by_teacher([replace(first, teacher=TeacherContext(read, 0.25)), *others], actor)
+    aux = Distillation(
+        kl_clip=config.algorithm.kl_clip,
+        temperature=config.rollout.temperature,
+        chunk_tokens=config.trainer.chunk_tokens,
+        vocab_size=hf.vocab_size,
+        group=runtime.tp_group,
+    )
+    loss = partial(grpo_loss, clip=RatioClip(0.2, 0.2), reference_kl=0.0)
+    before = resident()
+    actor.update(examples, loss, [aux])
     stages["optimizer"] = update["optimizer"], resident() - before
-    stages["update, peak"] = update["activations"], peak(lambda: actor.update(batch, loss, aux))
+    stages["update, peak"] = update["activations"], peak(lambda: actor.update(examples, loss, [aux]))
     if runtime.is_main:
         print(json.dumps({"imports and process groups": (0, start), **stages}), flush=True)
     engine.close()
@@ -146,7 +147,7 @@ def full_batch(config: Any, vocab_size: int, *, seed: int) -> Any:
     import torch  # noqa: PLC0415
 
     from nemo_ssopd.config.run import context_length  # noqa: PLC0415
-    from nemo_ssopd.types import StepCounts, TokenSequence, TrainBatch  # noqa: PLC0415
+    from nemo_ssopd.types import TokenSequence, TrainExample  # noqa: PLC0415
 
     length = context_length(config)
     whole, rest = divmod(max(config.trainer.token_budget, length), length)
@@ -156,11 +157,7 @@ def full_batch(config: Any, vocab_size: int, *, seed: int) -> Any:
         TokenSequence(tuple(part.tolist()), min(config.rollout.max_prompt_tokens, len(part)))
         for part in tokens.split(lengths)
     )
-    return TrainBatch(
-        sequences=sequences,
-        weights=tuple((1.0,) * sequence.completion_length for sequence in sequences),
-        counts=StepCounts(tokens=sum(lengths), prompts=1),
-    )
+    return [TrainExample(s, (1.0,) * s.completion_length, group=0, advantage=1.0) for s in sequences]
 
 
 def resident() -> int:

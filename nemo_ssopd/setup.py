@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from nemo_ssopd.algo.losses import TokenLoss, grpo_loss, sft_loss
+from nemo_ssopd.algo.grpo import RatioClip
+from nemo_ssopd.algo.losses import AuxLoss, Distillation, TokenLoss, grpo_loss, sft_loss
 from nemo_ssopd.checkpoint.checkpoint import LoopState, load_checkpoint
 from nemo_ssopd.config.run import Config, engine_tensor, importance_cap
 from nemo_ssopd.data.loading import RunData
@@ -46,9 +47,10 @@ class Trainer:
     watch: Watch
     data: RunData
     order: PromptOrder
-    actor: MegatronPolicy
+    policy: MegatronPolicy
     optional_collector: RolloutCollector | None
     token_loss: TokenLoss
+    aux_losses: tuple[AuxLoss, ...]
 
     @property
     def collector(self) -> RolloutCollector:
@@ -64,15 +66,6 @@ def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trai
     """The policy first; then the engine, in what memory is left."""
     algorithm, is_sft = config.algorithm, config.algorithm.name == "sft"
     hf = read_hf_config(config.model.path)
-    surrogate = partial(
-        grpo_loss,
-        clip_low=algorithm.clip_ratio_low,
-        clip_high=algorithm.clip_ratio_high,
-        reference_kl=algorithm.reference_kl,
-        penalty=algorithm.reference_penalty,
-        dual_clip=algorithm.dual_clip,
-        importance_cap=importance_cap(config),
-    )
     policy = MegatronPolicy(config, hf, runtime, pad_id=data.stop_token_ids[0])
     return Trainer(
         config=config,
@@ -81,9 +74,35 @@ def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trai
         watch=watch,
         data=data,
         order=PromptOrder(len(data.supervised if is_sft else data.train), config.trainer.seed),
-        actor=policy,
+        policy=policy,
         optional_collector=build_collector(config, data, runtime, policy) if data.train or data.eval else None,
-        token_loss=sft_loss if is_sft else surrogate,
+        token_loss=sft_loss if is_sft else surrogate(config),
+        aux_losses=(distillation(config, hf, runtime),) if algorithm.distills else (),
+    )
+
+
+def surrogate(config: Config) -> TokenLoss:
+    """Return GRPO's token loss with the config's settings."""
+    algorithm = config.algorithm
+    return partial(
+        grpo_loss,
+        clip=RatioClip(algorithm.ratio_clip_low, algorithm.ratio_clip_high, algorithm.ratio_clip_dual),
+        reference_kl=algorithm.reference_kl,
+        reference_penalty=algorithm.reference_penalty,
+        importance_cap=importance_cap(config),
+    )
+
+
+def distillation(config: Config, hf: HFModelConfig, runtime: Runtime) -> Distillation:
+    """Return SSOPD's auxiliary loss with the config's settings."""
+    return Distillation(
+        kl_clip=config.algorithm.kl_clip,
+        temperature=config.rollout.temperature,
+        chunk_tokens=config.trainer.chunk_tokens,
+        vocab_size=hf.vocab_size,
+        group=runtime.tp_group,
+        divergence=config.algorithm.divergence,
+        contrast=config.algorithm.contrast,
     )
 
 
@@ -153,11 +172,11 @@ def resume_or_begin(trainer: Trainer) -> LoopState:
     """The newest checkpoint, if asked for; the engine gets the policy's weights."""
     config = trainer.config
     trainer.watch.enter("resume")
-    state = load_checkpoint(trainer.actor, config) if config.trainer.resume else LoopState()
+    state = load_checkpoint(trainer.policy, config) if config.trainer.resume else LoopState()
     if trainer.optional_collector is not None:
         trainer.watch.enter("refit")
         check_refit(trainer, state.step)
-        refit(trainer.actor, trainer.collector.engine, config, policy_version=state.step)
+        refit(trainer.policy, trainer.collector.engine, config, policy_version=state.step)
     if trainer.runtime.is_main:
         OmegaConf.save(OmegaConf.structured(config), Path(config.run_dir) / "config.yaml")
     return state
@@ -169,16 +188,16 @@ def check_refit(trainer: Trainer, step: int) -> None:
     All ranks call it, once; the trainer's weights are afterwards as before. UnhealthyRun on all ranks when an engine is
     nearer to the real policy. Refits compare tensors, this the tokens that come of them: graphs, caches and kernels.
     """
-    config, actor, collector = trainer.config, trainer.actor, trainer.collector
+    config, policy, collector = trainer.config, trainer.policy, trainer.collector
     prompt, count = (trainer.data.train or trainer.data.eval)[0].tokens, trainer.runtime.tp_size
     sampling = Sampling(config.rollout.temperature, min(config.rollout.max_new_tokens, CHECKED_TOKENS))
-    with actor.changed():
-        refit(actor, collector.engine, config, policy_version=step)
+    with policy.changed():
+        refit(policy, collector.engine, config, policy_version=step)
         seeds = [[request_seed("refit", index)] for index in range(count)]  # a prompt for every engine of the group
         groups = collector.generate([prompt] * count, seeds=seeds, sampling=sampling)
         sequences = [TokenSequence(prompt + completion.tokens, len(prompt)) for [completion] in groups]
-        changed = torch.cat(actor.logprobs(sequences)).cpu()
-    real = torch.cat(actor.logprobs(sequences)).cpu()
+        changed = torch.cat(policy.logprobs(sequences)).cpu()
+    real = torch.cat(policy.logprobs(sequences)).cpu()
     sampled = torch.tensor([logprob for [completion] in groups for logprob in completion.logprobs])
     own = float((changed - real).abs().mean()), float((sampled - changed).abs().mean())
     everywhere: list[Any] = [None] * trainer.runtime.world_size

@@ -18,15 +18,13 @@ from typing import NoReturn, TypeVar
 import psutil
 import torch.distributed as dist
 
-from nemo_ssopd.batches import distillation, global_counts, make_batches
+from nemo_ssopd.algo.groups import group_metrics, is_mixed, kept_groups
 from nemo_ssopd.checkpoint.checkpoint import CheckpointError, CheckpointSaver, LoopState
 from nemo_ssopd.config.run import Config, EvaluationConfig
 from nemo_ssopd.convert.exporting import export_hf
 from nemo_ssopd.data.loading import load_data
-from nemo_ssopd.data.templates import render_sft
-from nemo_ssopd.distillation import held_out_teacher_prompts
 from nemo_ssopd.evaluation.samples import Sample, eval_metrics, evaluate, summary_of, write_samples
-from nemo_ssopd.groups import group_metrics, is_mixed, kept_groups
+from nemo_ssopd.examples import rollout_examples, sft_examples
 from nemo_ssopd.megatron.model import DTYPES
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import initialize, shutdown
@@ -43,7 +41,8 @@ from nemo_ssopd.run.signals import EXIT_STOPPED, note_stop_requests
 from nemo_ssopd.run.stopping import TimeBudget, agree_to_stop
 from nemo_ssopd.run.watchdog import Watch
 from nemo_ssopd.setup import Trainer, build, longest_request, resume_or_begin, sinks
-from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, TokenSequence, TrainBatch
+from nemo_ssopd.teacher import held_out_teacher_prompts, read_by_teacher
+from nemo_ssopd.types import Completion, RenderedPrompt, Rollout, RolloutGroup, TokenSequence, TrainExample
 
 Example = TypeVar("Example")
 
@@ -52,7 +51,7 @@ Example = TypeVar("Example")
 
 
 def train_step(trainer: Trainer, step: int) -> Metrics:
-    """One rollout batch and the optimizer steps on it. `step` counts from 0, and is the engine's policy version."""
+    """Take the optimizer steps on one rollout batch. `step` steps were completed; it is the engine's policy version."""
     timer = StageTimer(trainer.watch.enter)
     sampled = sample_groups(trainer, step, timer)
     trainer.collector.engine.sleep()
@@ -60,33 +59,30 @@ def train_step(trainer: Trainer, step: int) -> Metrics:
     metrics = [group_metrics(sampled, trainer.config.algorithm)]
     metrics += [{"group/dropped_uniform": Sum(len(sampled) - len(groups))}]
     with timer.stage("score"):
-        batches = make_batches(groups, trainer.actor, trainer.config)
-    for part, batch in batches:
+        batches = [score(trainer, batch) for batch in split_evenly(groups, trainer.config.trainer.updates_per_step)]
+    for examples, example_metrics in batches:
         with timer.stage("teacher"):
-            aux, aux_metrics = distillation(part, trainer.actor, trainer.config, trainer.data.tokenizer)
+            examples = read_by_teacher(examples, trainer.policy)
         with timer.stage("update"):
-            result = trainer.actor.update(batch, trainer.token_loss, aux)
-        metrics += [aux_metrics, result.metrics]
+            result = trainer.policy.update(examples, trainer.token_loss, trainer.aux_losses)
+        metrics += [example_metrics, result.metrics]
     with timer.stage("refit"):
-        refit(trainer.actor, trainer.collector.engine, trainer.config, policy_version=step + 1)
+        refit(trainer.policy, trainer.collector.engine, trainer.config, policy_version=step + 1)
     return merge(*metrics, timer.metrics())
 
 
 def sft_step(trainer: Trainer, step: int) -> Metrics:
-    """One optimizer step of cross-entropy on written solutions."""
+    """Take one optimizer step of cross-entropy on written solutions."""
     timer = StageTimer(trainer.watch.enter)
     if trainer.optional_collector is not None:
         trainer.collector.engine.sleep()
     with timer.stage("data"):
-        examples = local_share(trainer, trainer.data.supervised, step)
-        rendered = [render_sft(trainer.data.tokenizer, example, trainer.config.data) for example in examples]
-        sequences = tuple(TokenSequence(tokens, is_target.index(True)) for tokens, is_target in rendered)
-        weights = tuple(tuple(map(float, is_target[is_target.index(True) :])) for _, is_target in rendered)
-        counts = global_counts(trainer.runtime, tokens=int(sum(map(sum, weights))), prompts=len(sequences))
-        batch = TrainBatch(sequences=sequences, weights=weights, counts=counts)
+        solved = local_share(trainer, trainer.data.supervised, step)
+        examples = sft_examples(solved, trainer.config.data, trainer.data.tokenizer)
     with timer.stage("update"):
-        result = trainer.actor.update(batch, trainer.token_loss)
-    return merge({"progress/tokens": Sum(sum(map(sum, weights)))}, result.metrics, timer.metrics())
+        result = trainer.policy.update(examples, trainer.token_loss)
+    tokens = sum(sum(example.token_weights) for example in examples)
+    return merge({"progress/tokens": Sum(tokens)}, result.metrics, timer.metrics())
 
 
 # ---- Its stages, in order --------------------------------------------------------------------------------------------
@@ -147,6 +143,31 @@ def grade_groups(trainer: Trainer, sampled: list[tuple[RenderedPrompt, list[Comp
     return groups
 
 
+def split_evenly(groups: Sequence[RolloutGroup], parts: int) -> list[Sequence[RolloutGroup]]:
+    size = len(groups) // parts
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
+
+
+def score(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[TrainExample], Metrics]:
+    """Make the examples of one optimizer step, with the log-probs that must be scored before the step's first update.
+
+    On the first update the policy is still the one that sampled: its own log-probs, detached, are the old ones.
+    """
+    config, policy = trainer.config, trainer.policy
+    examples, metrics = rollout_examples(
+        groups, config, trainer.data.tokenizer, max_length=trainer.hf.max_position_embeddings
+    )
+    sequences = [example.sequence for example in examples]
+    if config.trainer.updates_per_step > 1:
+        old = policy.logprobs(sequences)
+        examples = [replace(e, old_logprobs=logprobs) for e, logprobs in zip(examples, old, strict=True)]
+    if config.algorithm.reference_kl > 0:
+        with policy.reference():
+            reference = policy.logprobs(sequences)
+        examples = [replace(e, reference_logprobs=logprobs) for e, logprobs in zip(examples, reference, strict=True)]
+    return examples, metrics
+
+
 def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> None:
     """Every completion and its verdict, to run_dir/rollouts/, one file for each step and data-parallel rank."""
     if not trainer.config.logging.save_rollouts or trainer.runtime.tp_rank != 0:
@@ -193,7 +214,7 @@ def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, budget: TimeBu
             return state
         trainer.watch.enter("begin", step + 1)
         saver.check()
-        trainer.actor.grad_norm_limit = spike_limit(state.recent_norms, config.spike_factor)
+        trainer.policy.grad_norm_limit = spike_limit(state.recent_norms, config.spike_factor)
         with profiled(trainer.config, trainer.runtime, trainer.watch, step=step + 1):
             metrics = take_step(trainer, step)
         metrics = reduce_over_data_parallel(trainer, metrics)
@@ -236,7 +257,7 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
     timer = StageTimer(trainer.watch.enter)
     with timer.stage("eval"):
         if trainer.collector.engine.policy_version != step:  # an SFT run refits the engine only here
-            refit(trainer.actor, trainer.collector.engine, trainer.config, policy_version=step)
+            refit(trainer.policy, trainer.collector.engine, trainer.config, policy_version=step)
         samples = held_out_samples(trainer, trainer.data.eval, trainer.config.evaluation)
         teacher = evaluate_teacher(trainer, samples, step=step)
     if trainer.runtime.is_main:
@@ -255,10 +276,10 @@ def evaluate_teacher(trainer: Trainer, samples: Sequence[Sample], *, step: int) 
     )
     if not prompts:
         return {"eval/teacher_problems": Max(0)}
-    with trainer.actor.teacher():
-        refit(trainer.actor, engine, config, policy_version=step)
+    with trainer.policy.teacher():
+        refit(trainer.policy, engine, config, policy_version=step)
     answers = held_out_samples(trainer, prompts, replace(config.evaluation, samples=config.trainer.teacher_samples))
-    refit(trainer.actor, engine, config, policy_version=step)
+    refit(trainer.policy, engine, config, policy_version=step)
     return {
         "eval/teacher_problems": Max(len(prompts)),
         "eval/teacher_accuracy": Mean(sum(answer.reward for answer in answers), len(answers)),
@@ -300,7 +321,7 @@ def train(config: Config) -> int:
         note_stop_requests()  # again: what was imported since may have its own ideas
         with (
             Logger(sinks(config, state) if runtime.is_main else []) as logger,
-            CheckpointSaver(trainer.actor, config) as saver,
+            CheckpointSaver(trainer.policy, config) as saver,
         ):
             state = run(trainer, logger, saver, budget, state)
         if state.step < config.trainer.max_steps:
@@ -317,7 +338,7 @@ def finish(trainer: Trainer) -> None:
         trainer.watch.enter("export")
         rounding, dtype = Rounding(), config.model.dtype
         export_hf(
-            trainer.actor.weights(rounding),
+            trainer.policy.weights(rounding),
             config.model.path,
             run_dir / "hf",
             runtime,

@@ -146,14 +146,65 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class TeacherContext:
+    """Say what the teacher reads to correct one completion, and what its loss weighs.
+
+    `sequence` is the teacher's prompt followed by the completion's first K tokens. `contrast` is the same for a second
+    teacher, whose loss is subtracted.
+
+    >>> TeacherContext(TokenSequence((1, 5, 9, 7, 9, 2), prompt_length=4), weight=0.1875)
+    """
+
+    sequence: TokenSequence
+    weight: float
+    contrast: TokenSequence | None = None
+
+
+@dataclass(frozen=True)
+class TrainExample:
+    """One sequence to train on, with everything that the losses need to know of it.
+
+    A rank's examples form one list, which scoring, the teacher's pass, packing and the update all take. An example
+    does not depend on its place in that list.
+
+    >>> TrainExample(TokenSequence((1, 5, 9, 2), 2), token_weights=(1.0, 1.0), group=0, advantage=0.5)
+    """
+
+    sequence: TokenSequence
+    token_weights: tuple[float, ...]
+    """One per completion token: 0 leaves the token out of the token loss and of its denominator."""
+    group: int
+    """A label that the completions of one prompt share."""
+    advantage: float = 0.0
+    sampler_logprobs: tuple[float, ...] | None = None
+    """The engine's own, one per completion token."""
+    teacher: TeacherContext | None = None
+    """None where nothing is distilled into this completion."""
+
+    # Results of passes of the model, without gradients; None before the pass, or where the recipe needs none.
+    old_logprobs: torch.Tensor | None = None
+    """[completion length], of the policy that sampled. None means that it has not moved since."""
+    reference_logprobs: torch.Tensor | None = None
+    """[completion length], of the initial policy."""
+    teacher_states: torch.Tensor | None = None
+    """[K, H], the teacher's final hidden states that predict the first K completion tokens."""
+    contrast_states: torch.Tensor | None = None
+    """[K, H], the contrast teacher's."""
+
+    def __post_init__(self) -> None:
+        assert len(self.token_weights) == self.sequence.completion_length, (len(self.token_weights), self.sequence)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch: sequences laid end to end, and so are their completion tokens.
 
-    Row `rows[b]` of the batch owns S-range bounds[b] : bounds[b + 1] and T-range offsets[b] : offsets[b + 1]. Padding
-    behind the last one has bounds of its own and no offsets. `starts` holds the bounds on the device, int32. Completion
-    token t is `targets_T[t]`; it is predicted by position `index_T[t]` of the hidden states [S, H].
+    Sequence `rows[b]` of the list that was packed owns S-range bounds[b] : bounds[b + 1] and T-range
+    offsets[b] : offsets[b + 1]. Padding behind the last one has bounds of its own and no offsets. `starts` holds the
+    bounds on the device, int32. Completion token t is `token_ids_T[t]`; position `index_T[t]` of the hidden states
+    [S, H] predicts it.
 
-    >>> PackedBatch((4, 0), tokens_S, bounds=(0, 3, 9), starts=..., index_T=..., targets_T=..., offsets=(0, 2, 5))
+    >>> PackedBatch((4, 0), tokens_S, bounds=(0, 3, 9), starts=..., index_T=..., token_ids_T=..., offsets=(0, 2, 5))
     """
 
     rows: tuple[int, ...]
@@ -161,43 +212,9 @@ class PackedBatch:
     bounds: tuple[int, ...]
     starts: torch.Tensor
     index_T: torch.Tensor
-    targets_T: torch.Tensor
+    token_ids_T: torch.Tensor
     offsets: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
         return self.offsets[-1]
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """The global denominators of one optimizer step, over all data-parallel ranks and micro-batches.
-
-    >>> StepCounts(tokens=5213, prompts=32)
-    """
-
-    tokens: int
-    prompts: int
-    completions: int = 0
-    """Those that the token loss counts; needed only where it is averaged over completions."""
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """What one optimizer step trains on, on one data-parallel rank: parallel tuples, one entry per sequence.
-
-    `weights` has one value per completion token: the advantage for GRPO, 1 or 0 for supervised targets.
-    The log-prob tuples hold one [completion length] tensor per sequence, or are None where the recipe has none;
-    `old_logprobs` None means that the policy has not moved since sampling. `scales` has a factor for the token losses
-    of each sequence; None is 1 for all.
-
-    >>> TrainBatch(sequences=(TokenSequence((1, 5, 9, 2), 2),), weights=((0.5, 0.5),), counts=StepCounts(2, 1))
-    """
-
-    sequences: tuple[TokenSequence, ...]
-    weights: tuple[tuple[float, ...], ...]
-    counts: StepCounts
-    old_logprobs: tuple[torch.Tensor, ...] | None = None
-    reference_logprobs: tuple[torch.Tensor, ...] | None = None
-    sampler_logprobs: tuple[torch.Tensor, ...] | None = None
-    scales: tuple[float, ...] | None = None

@@ -205,7 +205,7 @@ def test_adapters_and_two_data_parallel_ranks(tmp_path: Path) -> None:
     for row in rows:  # what a second draw brought is in the counts, and every pair has a second teacher
         draws = [json.loads(line) for file in run_dir.glob(f"rollouts/step_{row['step']:06}*") for line in open(file)]
         assert len(draws) == 4 * (4 + row["group/dropped_uniform"])
-        assert row["ssopd/kl_away"] > 0
+        assert row["ssopd/kl_contrast"] > 0
     assert rows[0]["loss/reference_kl"] < rows[1]["loss/reference_kl"]  # the adapters have left the reference
     before, after = load_file(ROOT / "assets/demo_model/model.safetensors"), exported(run_dir)
     changed = {name for name in after if not torch.equal(after[name], before[name])}

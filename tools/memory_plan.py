@@ -205,7 +205,7 @@ class Activations:
         """One chunk: the student's, and for the clipped KL the teacher's beside them. Gradients are written in place;
         the output layer's own gradient, if it is trained, is summed in float32."""
         chunk = min(self.config.trainer.chunk_tokens, self.tokens)
-        models = 2 if self.config.algorithm.distils else 1
+        models = 2 if self.config.algorithm.distills else 1
         trained = 0 if self.config.lora.enabled else self.w.W * self.hf.hidden_size * (4 + self.width)
         return models * chunk * self.w.W * self.width + trained
 
@@ -262,10 +262,10 @@ def plan(config: Config, hf: HFModelConfig, machine: Machine) -> MemoryPlan:
     asleep = {"CUDA graphs": machine.cuda_graphs_gib * GIB} if machine.on_cuda else engine
     update_prompts = config.trainer.prompts_per_step // (dp * config.trainer.updates_per_step)
     states: Rows = {}
-    if config.algorithm.distils:  # every group mixed, every prefix K long: the most there can be
-        prefix = min(config.algorithm.prefixes, config.rollout.max_new_tokens)
+    if config.algorithm.distills:  # every group mixed, every prefix K long: the most there can be
+        prefix = min(config.algorithm.prefix_tokens, config.rollout.max_new_tokens)
         group = config.rollout.group_size
-        distilled = {"wrong": 1, "every_wrong": group - 1, "every": group}[config.algorithm.targets]
+        distilled = {"wrong": 1, "every_wrong": group - 1, "every": group}[config.algorithm.distilled]
         distilled *= 2 if config.algorithm.contrast > 0 else 1  # of a second teacher
         states = {"teacher states": update_prompts * distilled * prefix * hf.hidden_size * width}
     current = {} if config.lora.enabled else {"current weights": parameters(hf, tensor) * width}
@@ -360,7 +360,7 @@ def _largest_micro_batch(config: Config, hf: HFModelConfig, longest: int, machin
 
 def _teacher_length(config: Config, hf: HFModelConfig) -> int:
     """Problem, witness and prefix; longer ones are dropped."""
-    return min(context_length(config) + config.algorithm.prefixes, hf.max_position_embeddings)
+    return min(context_length(config) + config.algorithm.prefix_tokens, hf.max_position_embeddings)
 
 
 # ---- Refusal ---------------------------------------------------------------------------------------------------------

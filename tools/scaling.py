@@ -262,7 +262,7 @@ def _teacher_seconds(
         return np.zeros(len(lengths))
     groups = lengths.reshape(len(lengths), -1, config.rollout.group_size)
     mixed = rng.random(groups.shape[:2]) < rates.mixed_fraction
-    prefix = np.minimum(groups.max(axis=2), config.algorithm.prefixes)
+    prefix = np.minimum(groups.max(axis=2), config.algorithm.prefix_tokens)
     tokens = rates.prompt_tokens + groups.min(axis=2) + prefix
     flops = np.where(mixed, Work(hf, None, recompute=False).forward(tokens), 0.0).sum(axis=1)
     seconds = flops / (config.parallel.tensor * hardware.flops * rates.forward_efficiency)

@@ -128,11 +128,12 @@ def _steps(results: Results, config: Any, hf: Any, runtime: Any, mode: str) -> O
     actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     _spread_adapters(actor)
     batch, aux = _batch(actor, config, results.device)
+    sequences = [example.sequence for example in batch]
     qkv = type(actor.model.decoder.layers[0].self_attention.linear_qkv).__name__
     outcome: Outcome = {
         "layers": f"{qkv.removeprefix('Adapted')} in {config.model.dtype} on {runtime.device.type}",
-        "hidden": torch.cat(actor.hidden_states(batch.sequences)).float().cpu(),
-        "logprobs": torch.cat(actor.logprobs(batch.sequences)).float().cpu(),
+        "hidden": torch.cat(actor.hidden_states(sequences)).float().cpu(),
+        "logprobs": torch.cat(actor.logprobs(sequences)).float().cpu(),
     }
     results.check(f"{mode}: log-probs are finite", bool(outcome["logprobs"].isfinite().all()), True)
     trained = {name: p for name, p in actor.model.named_parameters() if p.requires_grad}
@@ -186,33 +187,25 @@ def _spread_adapters(actor: Any) -> None:
 def _batch(actor: Any, config: Any, size: str) -> tuple[Any, Any]:
     """Sequences with a weight for each token, and for the first two a teacher, who reads another prompt."""
     from benchmarks.gpu_report import setup  # noqa: PLC0415
-    from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget  # noqa: PLC0415
-    from nemo_ssopd.types import StepCounts, TokenSequence, TrainBatch  # noqa: PLC0415
+    from nemo_ssopd.teacher import read_by_teacher  # noqa: PLC0415
+    from nemo_ssopd.types import TeacherContext, TokenSequence, TrainExample  # noqa: PLC0415
 
     vocab_size = actor.hf.vocab_size
-    sequences = setup.sequences(LENGTHS[size], vocab_size, seed=5)
+    own = setup.sequences(LENGTHS[size], vocab_size, seed=5)
     others = setup.sequences(LENGTHS[size], vocab_size, seed=6)
-    weights = [tuple(math.sin(1 + row + t) for t in range(s.completion_length)) for row, s in enumerate(sequences)]
-    batch = TrainBatch(
-        sequences=tuple(sequences),
-        weights=tuple(weights),
-        counts=StepCounts(tokens=sum(s.completion_length for s in sequences), prompts=2),
-    )
-    prefixes = []
-    for own, other in zip(sequences[:2], others[:2], strict=True):
-        tokens = (*other.prompt, *own.completion[: PREFIX[size]])
-        prefixes.append(TokenSequence(tokens, other.prompt_length))
-    with actor.reference():
-        hidden = actor.hidden_states(prefixes)
-    aux = ClippedDistillation(
-        targets={row: DistillTarget(hidden_KH, 0.5) for row, hidden_KH in enumerate(hidden)},
-        clip=config.algorithm.clip,
-        temperature=config.rollout.temperature,
-        chunk_tokens=config.trainer.chunk_tokens,
-        vocab_size=vocab_size,
-        group=actor.runtime.tp_group,
-    )
-    return batch, aux
+    examples = []
+    for row, (sequence, other) in enumerate(zip(own, others, strict=True)):
+        read = TokenSequence((*other.prompt, *sequence.completion[: PREFIX[size]]), other.prompt_length)
+        examples.append(
+            TrainExample(
+                sequence,
+                token_weights=tuple(1 + 0.5 * math.sin(1 + row + t) for t in range(sequence.completion_length)),
+                group=row % 2,
+                advantage=(-1.0) ** row,
+                teacher=TeacherContext(read, 0.5) if row < 2 else None,
+            )
+        )
+    return read_by_teacher(examples, actor), setup.distillation(config, actor)
 
 
 def _update(actor: Any, batch: Any, aux: Any, *, apply: bool) -> float:
@@ -220,7 +213,7 @@ def _update(actor: Any, batch: Any, aux: Any, *, apply: bool) -> float:
     from benchmarks.gpu_report.setup import LOSS  # noqa: PLC0415
 
     actor.grad_norm_limit = math.inf if apply else -1.0
-    result = actor.update(batch, LOSS, aux)
+    result = actor.update(batch, LOSS, [aux])
     assert result.skipped is not apply, result
     return float(result.metrics["optim/grad_norm"].value())
 

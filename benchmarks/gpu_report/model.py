@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from benchmarks import memory
 from benchmarks.gpu_report import setup
 from benchmarks.gpu_report.actor import SHAPES
 from benchmarks.gpu_report.stage import Results
-from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.models.hf_config import read_hf_config
-from nemo_ssopd.types import TokenSequence
+from nemo_ssopd.teacher import read_by_teacher
+from nemo_ssopd.types import TeacherContext, TokenSequence, TrainExample
 from tools.memory_plan import Machine, plan
 
 GIB = 2**30
@@ -47,21 +48,23 @@ def run(results: Results) -> None:
             f"run_dir={results.folder / 'unused'}",
             f"trainer.token_budget={budget}",
             "trainer.prompts_per_step=1",
-            f"algorithm.prefixes={prefixes}",
+            f"algorithm.prefix_tokens={prefixes}",
         ],
     )
     hf = read_hf_config(path)
     runtime = initialize(config.parallel, seed=1)
     actor = MegatronPolicy(config, hf, runtime, pad_id=0)
-    batch = memory.full_batch(config, hf.vocab_size, seed=1)
-    tokens = sum(len(sequence.tokens) for sequence in batch.sequences)
+    examples = memory.full_batch(config, hf.vocab_size, seed=1)
+    sequences = [example.sequence for example in examples]
+    tokens = sum(len(sequence.tokens) for sequence in sequences)
+    aux = setup.distillation(config, actor)
     planned = plan(config, hf, Machine(on_cuda=results.on_cuda)).phases
 
     def score() -> None:
-        actor.logprobs(batch.sequences)
+        actor.logprobs(sequences)
 
     def update() -> None:
-        actor.update(batch, setup.LOSS, _teacher(actor, config, batch))
+        actor.update(_with_a_teacher(actor, config, examples), setup.LOSS, [aux])
 
     update()  # allocates the optimizer's state
     static = sum(planned["update"].get(row, 0) for row in ("parameters", "adapters", "gradients", "optimizer"))
@@ -84,20 +87,12 @@ def run(results: Results) -> None:
     _add_profile(results, update)
 
 
-def _teacher(actor: MegatronPolicy, config: Any, batch: Any) -> ClippedDistillation:
-    """Distillation of the first sequence, by a teacher that reads one prompt token."""
-    K = config.algorithm.prefixes
-    own = batch.sequences[0]
-    with actor.reference():
-        (hidden_KH,) = actor.hidden_states([TokenSequence((own.tokens[0], *own.completion[:K]), 1)])
-    return ClippedDistillation(
-        targets={0: DistillTarget(hidden_KH, 0.25)},
-        clip=config.algorithm.clip,
-        temperature=config.rollout.temperature,
-        chunk_tokens=config.trainer.chunk_tokens,
-        vocab_size=actor.hf.vocab_size,
-        group=actor.runtime.tp_group,
-    )
+def _with_a_teacher(actor: MegatronPolicy, config: Any, examples: list[TrainExample]) -> list[TrainExample]:
+    """Distill into the first sequence, by a teacher that reads one prompt token."""
+    first, *others = examples
+    own, K = first.sequence, config.algorithm.prefix_tokens
+    context = TeacherContext(TokenSequence((own.tokens[0], *own.completion[:K]), 1), weight=0.25)
+    return read_by_teacher([replace(first, teacher=context), *others], actor)
 
 
 def _measured(call: Callable[[], None], results: Results, runs: int) -> tuple[float, float]:

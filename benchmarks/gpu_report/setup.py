@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from nemo_ssopd.algo.losses import grpo_loss
+from nemo_ssopd.algo.grpo import RatioClip
+from nemo_ssopd.algo.losses import Distillation, grpo_loss
 from nemo_ssopd.config.run import Config, as_dataclasses, compose_run
 from nemo_ssopd.types import TokenSequence
 
 ROOT = Path(__file__).parents[2]
-LOSS = partial(grpo_loss, clip_low=0.2, clip_high=0.2, reference_kl=0.0)
+LOSS = partial(grpo_loss, clip=RatioClip(0.2, 0.2), reference_kl=0.0)
 
 
 def random_model(folder: Path, shape: dict[str, Any], *, device: str) -> Path:
@@ -64,3 +65,14 @@ def sequences(lengths: Sequence[int], vocab_size: int, *, seed: int) -> list[Tok
         list(lengths)
     )
     return [TokenSequence(tuple(part.tolist()), max(1, len(part) // 3)) for part in tokens]
+
+
+def distillation(config: Config, actor: Any) -> Distillation:
+    """Return SSOPD's auxiliary loss with the config's settings."""
+    return Distillation(
+        kl_clip=config.algorithm.kl_clip,
+        temperature=config.rollout.temperature,
+        chunk_tokens=config.trainer.chunk_tokens,
+        vocab_size=actor.hf.vocab_size,
+        group=actor.runtime.tp_group,
+    )

@@ -7,62 +7,50 @@ so that value and gradient do not depend on micro-batch size, data-parallel size
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class RatioClip:
+    """Bound the ratio of the policy to the old one: between 1 - low and 1 + high.
+
+    A `dual` above 1 also bounds what a token with a negative advantage can cost: at most -dual times the advantage
+    (dual-clip PPO, arXiv 1912.09729); 0 turns it off.
+
+    >>> RatioClip(low=0.2, high=0.28)
+    """
+
+    low: float
+    high: float
+    dual: float = 0.0
 
 
 def clipped_surrogate(
     logprobs_T: torch.Tensor,
     old_logprobs_T: torch.Tensor,
     advantages_T: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float = 0.0,
+    clip: RatioClip,
 ) -> torch.Tensor:
-    """Per-token loss, to be minimised: l_t = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t).
+    """Return the per-token loss, to be minimized: l_t = -min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t), [T].
 
     rho_t = exp(log pi_theta - log pi_old) at the sampled token; `advantages_T` repeats each completion's advantage
     over its tokens. Gradients flow through `logprobs_T` only: where the clip is active (see `ratio_stats`) there
-    is none, elsewhere dl_t/dlog pi_theta = -rho_t A_t. Returns [T]; the denominator is the caller's.
-
-    A `dual_clip` c above 1 bounds what a token with a negative advantage can cost: l_t is at most -c A_t (dual-clip
-    PPO, arXiv 1912.09729); 0 leaves it off.
+    is none, elsewhere dl_t/dlog pi_theta = -rho_t A_t. The denominator is the caller's.
     """
     ratio_T = torch.exp(logprobs_T - old_logprobs_T.detach())
     advantages_T = advantages_T.detach()
-    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    clipped_T = ratio_T.clamp(1 - clip.low, 1 + clip.high)
     loss_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
-    if not dual_clip:
+    if not clip.dual:
         return loss_T
-    return torch.where(advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)
+    return torch.where(advantages_T < 0, torch.minimum(loss_T, -clip.dual * advantages_T), loss_T)
 
 
 def importance(old_logprobs_T: torch.Tensor, sampler_logprobs_T: torch.Tensor) -> torch.Tensor:
     """pi_old / pi_sampler at the sampled token: by how much the engine samples it too rarely. Detached; returns [T]."""
     return torch.exp(old_logprobs_T - sampler_logprobs_T).detach()
-
-
-def token_scales(
-    lengths: Sequence[int], kept: Sequence[bool], *, by: str, tokens: int, completions: int, max_length: int
-) -> tuple[float, ...] | None:
-    """What the tokens of each completion count for, when the sum over all of them is divided by `tokens`.
-
-    `tokens` and `completions` count those kept in the global batch. token: 1 (paper eq. 2; DAPO); sequence: the mean
-    over each completion, then over completions (GRPO, arXiv 2402.03300); constant: the sum over each completion divided
-    by `max_length`, then the mean over completions (Dr. GRPO, arXiv 2503.20783). A completion that is not kept counts
-    nothing. None: 1 for all.
-
-    >>> token_scales([1, 3], [True, True], by="sequence", tokens=4, completions=2, max_length=8)
-    (2.0, 0.6666666666666666)
-    """
-    if by == "token":
-        return None if all(kept) else tuple(map(float, kept))
-    share = tokens / max(completions, 1)
-    divisors = lengths if by == "sequence" else [max_length] * len(lengths)
-    return tuple(share / divisor if keep else 0.0 for divisor, keep in zip(divisors, kept, strict=True))
 
 
 def k3_penalty(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor) -> torch.Tensor:
@@ -107,18 +95,15 @@ def ratio_stats(
     logprobs_T: torch.Tensor,
     old_logprobs_T: torch.Tensor,
     advantages_T: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float = 0.0,
+    clip: RatioClip,
 ) -> RatioStats:
     """The ratio of each token, and whether the clip takes its gradient away.
 
-    It does so only where the ratio has already moved the way the advantage pushes: above 1 + clip_high for A > 0,
-    below 1 - clip_low for A < 0; and with a dual clip, above it for A < 0.
+    It does so only where the ratio has already moved the way the advantage pushes: above 1 + clip.high for A > 0,
+    below 1 - clip.low for A < 0; and with a dual clip, above it for A < 0.
     """
     ratio_T = torch.exp(logprobs_T.detach() - old_logprobs_T.detach())
-    too_high_T = (ratio_T > 1 + clip_high) & (advantages_T > 0)
-    outside_T = (ratio_T < 1 - clip_low) | (ratio_T > (dual_clip or math.inf))
+    too_high_T = (ratio_T > 1 + clip.high) & (advantages_T > 0)
+    outside_T = (ratio_T < 1 - clip.low) | (ratio_T > (clip.dual or math.inf))
     too_low_T = outside_T & (advantages_T < 0)
     return RatioStats(ratio_T=ratio_T, clipped_T=too_high_T | too_low_T)

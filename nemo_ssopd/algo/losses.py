@@ -1,73 +1,74 @@
-"""What one optimizer step minimises: a loss over completion tokens, plus auxiliary losses on hidden states.
+"""The terms of the objective: a loss over completion tokens, plus auxiliary losses on hidden states.
 
-    L = 1/tokens * sum_t loss_t  +  1/prompts * sum_x lambda(x) L_SSOPD(x)          (paper eq. 13)
+    L = token loss / its token count  +  sum over auxiliary losses: loss / its own count          (paper eq. 13)
 
-Both denominators count the global batch, over data-parallel ranks and micro-batches, so neither term dilutes
-the other and neither depends on how the batch is split. Functions here return sums; the actor divides. Metrics hold
-scalar tensors: nothing here waits for the device.
+All counts are those of the global batch, over data-parallel ranks and micro-batches, so no term dilutes another and
+none depends on how the batch is split. Functions here divide by no count: `MegatronPolicy` does. Metrics hold scalar
+tensors, so nothing here waits for the device.
 
-Shapes: T completion tokens of a micro-batch, K prefix positions, H hidden size, W this rank's vocabulary shard.
+Shapes: T completion tokens of a micro-batch, K positions that an auxiliary loss reads, H hidden size, W this rank's
+vocabulary shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
-from nemo_ssopd.algo.grpo import PENALTIES, clipped_surrogate, importance, ratio_stats
+from nemo_ssopd.algo.grpo import PENALTIES, RatioClip, clipped_surrogate, importance, ratio_stats
 from nemo_ssopd.metrics import EffectiveShare, Max, Mean, Metrics, Sum
 from nemo_ssopd.ops.clipped_kl import DivergenceStats, linear_clipped_kl_with_stats
 from nemo_ssopd.ops.divergences import Divergence, linear_divergence
+from nemo_ssopd.types import TrainExample
 
 
 @dataclass(frozen=True)
 class TokenInputs:
     """Per-token values of one micro-batch, each [T], at the sampling temperature. Only `logprobs_T` has a gradient.
 
-    `old_logprobs_T` None means that the policy has not moved since sampling: its own log-probs are the old ones.
-    `sampler_logprobs_T` and `reference_logprobs_T` are None where the recipe has none; `scales_T` None is 1 for all.
+    `weights_T` are the examples' token weights: 0 leaves a token out. `old_logprobs_T` None means that the policy has
+    not moved since sampling: its own log-probs are the old ones. `sampler_logprobs_T` and `reference_logprobs_T` are
+    None where the recipe has none.
 
-    >>> TokenInputs(logprobs_T=lp, entropy_T=h, advantages_T=a)
+    >>> TokenInputs(logprobs_T=lp, entropy_T=h, weights_T=w, advantages_T=a)
     """
 
     logprobs_T: torch.Tensor
     entropy_T: torch.Tensor
+    weights_T: torch.Tensor
     advantages_T: torch.Tensor
     old_logprobs_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None
     sampler_logprobs_T: torch.Tensor | None = None
-    scales_T: torch.Tensor | None = None
 
 
 TokenLoss = Callable[[TokenInputs], tuple[torch.Tensor, Metrics]]
+"""Return the loss of each token, [T], not yet weighted, and metrics."""
 
 
 def grpo_loss(
     inputs: TokenInputs,
     *,
-    clip_low: float,
-    clip_high: float,
+    clip: RatioClip,
     reference_kl: float,
-    penalty: str = "k3",
-    dual_clip: float = 0.0,
+    reference_penalty: str = "k3",
     importance_cap: float = 0.0,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Sum over T of the clipped surrogate plus reference_kl times the penalty (paper eq. 2); to be minimised.
+    """Return the clipped surrogate plus reference_kl times the penalty, per token [T] (paper eq. 2); to be minimized.
 
     With an `importance_cap` above 0 the surrogate is weighted by `importance`, truncated there (truncated importance
     sampling: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
     """
-    tokens = inputs.logprobs_T.numel()
+    tokens, weights_T = inputs.logprobs_T.numel(), inputs.weights_T
     old_logprobs_T = inputs.logprobs_T.detach() if inputs.old_logprobs_T is None else inputs.old_logprobs_T
     ratio = inputs.logprobs_T, old_logprobs_T, inputs.advantages_T
-    surrogate_T = clipped_surrogate(*ratio, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    stats = ratio_stats(*ratio, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    loss_T = clipped_surrogate(*ratio, clip)
     metrics: Metrics = {
         "loss/entropy": Mean(inputs.entropy_T.sum(), tokens),
-        "loss/clip_fraction": Mean(stats.clipped_T.sum(), tokens),
+        "loss/clip_fraction": Mean(ratio_stats(*ratio, clip).clipped_T.sum(), tokens),
     }
     if inputs.sampler_logprobs_T is not None:
         difference_T = (old_logprobs_T - inputs.sampler_logprobs_T).abs()
@@ -78,119 +79,142 @@ def grpo_loss(
         metrics["rollout/effective_sample_size"] = EffectiveShare(exact_T.sum(), exact_T.square().sum(), tokens)
         if importance_cap > 0:
             importance_T = ratio_T.clamp(max=importance_cap)
-            surrogate_T = surrogate_T * importance_T
+            loss_T = loss_T * importance_T
             metrics["loss/importance"] = Mean(importance_T.sum(), tokens)
-    surrogate = _scaled_sum(surrogate_T, inputs.scales_T)
-    counted = tokens if inputs.scales_T is None else inputs.scales_T.count_nonzero()
-    metrics["loss/grpo"] = Mean(surrogate.detach(), counted)
-    if inputs.reference_logprobs_T is None:
-        return surrogate, metrics
-    reference = _scaled_sum(PENALTIES[penalty](inputs.logprobs_T, inputs.reference_logprobs_T), inputs.scales_T)
-    metrics["loss/reference_kl"] = Mean(reference.detach(), counted)
-    return surrogate + reference_kl * reference, metrics
-
-
-def _scaled_sum(values_T: torch.Tensor, scales_T: torch.Tensor | None) -> torch.Tensor:
-    return values_T.sum() if scales_T is None else (values_T * scales_T).sum()
+    metrics["loss/grpo"] = _mean_of(loss_T, weights_T)
+    if inputs.reference_logprobs_T is not None:
+        penalty_T = PENALTIES[reference_penalty](inputs.logprobs_T, inputs.reference_logprobs_T)
+        metrics["loss/reference_kl"] = _mean_of(penalty_T, weights_T)
+        loss_T = loss_T + reference_kl * penalty_T
+    return loss_T, metrics
 
 
 def sft_loss(inputs: TokenInputs) -> tuple[torch.Tensor, Metrics]:
-    """Sum over T of the cross-entropy on reference solutions; `advantages_T` is 0 where a token is input only."""
-    loss = -(inputs.logprobs_T * inputs.advantages_T).sum()
-    return loss, {"loss/sft": Mean(loss.detach(), inputs.advantages_T.count_nonzero())}
+    """Return the cross-entropy of each token, [T]; tokens of weight 0 are read but not learned."""
+    loss_T = -inputs.logprobs_T
+    return loss_T, {"loss/sft": _mean_of(loss_T, inputs.weights_T)}
+
+
+def _mean_of(values_T: torch.Tensor, weights_T: torch.Tensor) -> Mean:
+    return Mean((values_T.detach() * weights_T).sum(), weights_T.sum())
 
 
 class AuxLoss(Protocol):
-    """A loss on the hidden states that the policy's own forward pass computes: it costs no second pass."""
+    """A loss on the hidden states of the policy's own forward pass. It costs no second pass."""
 
-    def positions(self, sequence: int) -> int:
-        """How many leading completion positions of this sequence of the batch it wants; 0 for none."""
+    @property
+    def area(self) -> str:
+        """The first part of its metrics' names, area/name."""
         ...
 
-    def __call__(self, sequence: int, hidden_KH: torch.Tensor, weight_WH: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-        """The sequence's weighted loss, to be summed over sequences and divided by the global prompt count."""
+    def positions(self, example: TrainExample) -> int:
+        """Return how many leading completion positions of this example the loss reads; 0 for none."""
+        ...
+
+    def denominator(self, examples: Sequence[TrainExample]) -> float:
+        """Return this rank's share of what the loss is divided by. The shares are summed over data-parallel ranks."""
+        ...
+
+    def __call__(
+        self, examples: Sequence[TrainExample], hidden_KH: torch.Tensor, weight_WH: torch.Tensor
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Return the sum of the losses of `examples`, and metrics without the area.
+
+        `hidden_KH` holds the student's hidden states at the examples' positions, laid end to end: those that predict
+        the first completion tokens. `weight_WH` is this rank's part of the output layer.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class DistillTarget:
-    """The teacher's final hidden states at the first K completion positions of `y-`, and the group's weight.
+class Distillation:
+    """SSOPD's auxiliary loss (paper eqs. 3, 6, 11): lambda(x) / K_x * sum_t sum_v min(p_T (log p_T - log p_S), tau).
 
-    A second teacher's, whose pull is subtracted, are `away_hidden_KH`.
+    tau is `kl_clip`. The loss is divided by the number of prompts. Teacher and student share the output layer, so
+    hidden states of both are all it takes.
 
-    >>> DistillTarget(teacher_hidden_KH=torch.zeros(64, 128), weight=0.25)
+    Not the paper's: another `divergence` (see `ops/divergences.py`), and `contrast` times the loss against a second
+    teacher, which is subtracted.
     """
 
-    teacher_hidden_KH: torch.Tensor
-    weight: float
-    away_hidden_KH: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ClippedDistillation:
-    """SSOPD's auxiliary loss (paper eqs. 3, 6, 11): lambda(x) / K_x * sum_t sum_v min(p_T (log p_T - log p_S), clip).
-
-    Teacher and student share the output layer, so hidden states of both are all it takes. `targets` maps the
-    batch's sequence index of `y-` to its target.
-
-    What is not the paper's: another `divergence` or `clip_unit` (see `ops/divergences.py`); position t weighs
-    position_decay^t, as a share of the sum over the prefix; `contrast` times the loss against the second teacher is
-    subtracted.
-    """
-
-    targets: Mapping[int, DistillTarget]
-    clip: float
+    area: ClassVar[str] = "ssopd"
+    kl_clip: float
     temperature: float
     chunk_tokens: int
     vocab_size: int
     group: torch.distributed.ProcessGroup | None
     divergence: str = "forward_kl"
-    clip_unit: str = "summand"
-    position_decay: float = 1.0
     contrast: float = 0.0
 
-    def positions(self, sequence: int) -> int:
-        return len(self.targets[sequence].teacher_hidden_KH) if sequence in self.targets else 0
+    def positions(self, example: TrainExample) -> int:
+        return 0 if example.teacher is None else example.teacher.sequence.completion_length
 
-    def __call__(self, sequence: int, hidden_KH: torch.Tensor, weight_WH: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-        target = self.targets[sequence]
-        loss_K, stats = self._divergence(hidden_KH, target.teacher_hidden_KH, weight_WH)
-        K = len(loss_K)
-        kl = stats.kl_T.sum()
-        metrics: Metrics = {
-            "ssopd/weight": Mean(target.weight, 1),
-            "ssopd/pairs": Sum(1),
-            "ssopd/kl_unclipped": Mean(kl, K),
-            "ssopd/clipped_positions": Mean(stats.was_clipped_T.sum(), K),
-            # A KL that is zero but for rounding has no share that was cut.
-            "ssopd/clipped_mass": Mean(stats.clipped_mass_T.sum().where(kl > 0, 0.0), kl.where(kl > 0, 0.0)),
-            "ssopd/teacher_entropy": Mean(stats.teacher_entropy_T.sum(), K),
-            "ssopd/student_entropy": Mean(stats.student_entropy_T.sum(), K),
-        }
-        if target.away_hidden_KH is not None:
-            away_K, away_stats = self._divergence(hidden_KH, target.away_hidden_KH, weight_WH)
-            loss_K = loss_K - self.contrast * away_K
-            metrics["ssopd/kl_away"] = Mean(away_stats.kl_T.sum(), K)
-        loss = self._over_positions(loss_K)
-        metrics["ssopd/loss"] = Mean(loss.detach(), 1)
-        return target.weight * loss, metrics
+    def denominator(self, examples: Sequence[TrainExample]) -> float:
+        return len({example.group for example in examples})
+
+    def __call__(
+        self, examples: Sequence[TrainExample], hidden_KH: torch.Tensor, weight_WH: torch.Tensor
+    ) -> tuple[torch.Tensor, Metrics]:
+        lengths = [self.positions(example) for example in examples]
+        loss_K, stats = self._divergence(hidden_KH, _joined(e.teacher_states for e in examples), weight_WH)
+        losses = [part.mean() for part in loss_K.split(lengths)]
+        metrics = _distillation_metrics(stats, examples)
+        contrasted = [i for i, example in enumerate(examples) if example.contrast_states is not None]
+        if contrasted:
+            students = hidden_KH.split(lengths)
+            away_K, away_stats = self._divergence(
+                torch.cat([students[i] for i in contrasted]),
+                _joined(examples[i].contrast_states for i in contrasted),
+                weight_WH,
+            )
+            for i, part in zip(contrasted, away_K.split([lengths[i] for i in contrasted]), strict=True):
+                losses[i] = losses[i] - self.contrast * part.mean()
+            metrics["kl_contrast"] = Mean(away_stats.kl_T.sum(), len(away_K))
+        loss_R = torch.stack(losses)
+        metrics["loss"] = Mean(loss_R.detach().sum(), len(losses))
+        weights = [example.teacher.weight for example in examples if example.teacher is not None]
+        return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum(), metrics
 
     def _divergence(
         self, hidden_KH: torch.Tensor, teacher_KH: torch.Tensor, weight_WH: torch.Tensor
     ) -> tuple[torch.Tensor, DivergenceStats]:
-        layer: dict[str, Any] = {
-            "temperature": self.temperature,
-            "group": self.group,
-            "chunk_tokens": self.chunk_tokens,
-            "vocab_size": self.vocab_size,
-        }
-        if self.divergence == "forward_kl" and self.clip_unit == "summand":
-            return linear_clipped_kl_with_stats(hidden_KH, teacher_KH, weight_WH, clip=self.clip, **layer)
-        divergence = Divergence(self.divergence, self.clip, self.clip_unit)
-        return linear_divergence(hidden_KH, teacher_KH, weight_WH, divergence=divergence, **layer)
+        if self.divergence == "forward_kl":
+            return linear_clipped_kl_with_stats(
+                hidden_KH,
+                teacher_KH,
+                weight_WH,
+                clip=self.kl_clip,
+                temperature=self.temperature,
+                group=self.group,
+                chunk_tokens=self.chunk_tokens,
+                vocab_size=self.vocab_size,
+            )
+        return linear_divergence(
+            hidden_KH,
+            teacher_KH,
+            weight_WH,
+            divergence=Divergence(self.divergence, self.kl_clip),
+            temperature=self.temperature,
+            group=self.group,
+            chunk_tokens=self.chunk_tokens,
+            vocab_size=self.vocab_size,
+        )
 
-    def _over_positions(self, loss_K: torch.Tensor) -> torch.Tensor:
-        if self.position_decay == 1:
-            return loss_K.mean()
-        weights_K = self.position_decay ** torch.arange(len(loss_K), dtype=loss_K.dtype, device=loss_K.device)
-        return (loss_K * weights_K).sum() / weights_K.sum()
+
+def _joined(states: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    return torch.cat([states_KH for states_KH in states if states_KH is not None])
+
+
+def _distillation_metrics(stats: DivergenceStats, examples: Sequence[TrainExample]) -> Metrics:
+    kl, positions = stats.kl_T.sum(), len(stats.kl_T)
+    weights = [example.teacher.weight for example in examples if example.teacher is not None]
+    return {
+        "weight": Mean(sum(weights), len(weights)),
+        "pairs": Sum(len(examples)),
+        "kl_unclipped": Mean(kl, positions),
+        "clipped_positions": Mean(stats.was_clipped_T.sum(), positions),
+        # A KL that is zero up to rounding has no share that was cut.
+        "clipped_mass": Mean(stats.clipped_mass_T.sum().where(kl > 0, 0.0), kl.where(kl > 0, 0.0)),
+        "teacher_entropy": Mean(stats.teacher_entropy_T.sum(), positions),
+        "student_entropy": Mean(stats.student_entropy_T.sum(), positions),
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from nemo_ssopd.types import Pair
@@ -59,7 +58,7 @@ def frontier_weight(rewards: Sequence[float], *, lambda_0: float, shape: str = "
     """lambda(x) = lambda_0 p(1 - p), p the share of correct completions: exactly zero for a uniform group.
 
     It peaks at lambda_0 / 4, for a balanced group. p is the plain sample share, without a small-group correction. The
-    other shapes: dynamic_peak1, 4p(1 - p); sqrt, the root of p(1 - p); fixed, 1 for every group, uniform ones too.
+    other shape, fixed, is lambda_0 for every group, uniform ones too.
 
     >>> frontier_weight([1.0, 0.0, 0.0, 0.0], lambda_0=1.0)
     0.1875
@@ -69,9 +68,7 @@ def frontier_weight(rewards: Sequence[float], *, lambda_0: float, shape: str = "
     p = sum(is_correct(reward) for reward in rewards) / len(rewards)
     if shape == "fixed":
         return lambda_0
-    if shape == "sqrt":
-        return lambda_0 * math.sqrt(p * (1 - p))
-    return (4 if shape == "dynamic_peak1" else 1) * lambda_0 * p * (1 - p)
+    return lambda_0 * p * (1 - p)
 
 
 def split(rewards: Sequence[float]) -> tuple[list[int], list[int]]:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, verified by checksum, restored bit for bit, at any layout.
 
-    state = load_checkpoint(actor, config)        # newest undamaged one of run_dir; LoopState() without any
-    with CheckpointSaver(actor, config) as saver:
+    state = load_checkpoint(policy, config)        # newest undamaged one of run_dir; LoopState() without any
+    with CheckpointSaver(policy, config) as saver:
         saver.check()                             # at every step: raises what a save in the background failed with
         saver.save(state, score)                  # run_dir/checkpoints/iter_0000100/
 
@@ -42,6 +42,7 @@ from nemo_ssopd.checkpoint.storage import (
     write_checkpoint,
     write_tracker,
 )
+from nemo_ssopd.config.renamed import read_old_sections
 from nemo_ssopd.config.run import Config
 from nemo_ssopd.convert.bridge import extra_states, run_config
 from nemo_ssopd.convert.exporting import copy_companions
@@ -107,18 +108,18 @@ class CheckpointSaver:
     A checkpoint is in run_dir when it is whole and sealed, never before. Used as a context, it ends with the last save.
     """
 
-    def __init__(self, actor: MegatronPolicy, config: Config) -> None:
-        self._actor, self._config = actor, config
+    def __init__(self, policy: MegatronPolicy, config: Config) -> None:
+        self._actor, self._config = policy, config
         self._parent = Path(config.run_dir) / "checkpoints"
-        self._runtime, self._thread = actor.runtime, None
+        self._runtime, self._thread = policy.runtime, None
         if config.trainer.async_save:
             # The thread's collectives must not mix with those of the training steps.
-            self._runtime = replace(actor.runtime, cpu_group=dist.new_group(backend="gloo"))
+            self._runtime = replace(policy.runtime, cpu_group=dist.new_group(backend="gloo"))
             self._thread = ThreadPoolExecutor(
-                max_workers=1, thread_name_prefix="checkpoint", initializer=actor.runtime.use_device
+                max_workers=1, thread_name_prefix="checkpoint", initializer=policy.runtime.use_device
             )
         self._writing: Future[None] | None = None
-        self._best: float | None = on_main(actor.runtime, lambda: best_score(self._parent))
+        self._best: float | None = on_main(policy.runtime, lambda: best_score(self._parent))
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -184,9 +185,9 @@ class CheckpointSaver:
             _remove_older(final, self._config)
 
 
-def save_checkpoint(actor: MegatronPolicy, config: Config, state: LoopState, score: float | None = None) -> None:
+def save_checkpoint(policy: MegatronPolicy, config: Config, state: LoopState, score: float | None = None) -> None:
     """One checkpoint, written when this returns."""
-    with CheckpointSaver(actor, config) as saver:
+    with CheckpointSaver(policy, config) as saver:
         saver.save(state, score)
 
 
@@ -245,30 +246,30 @@ def _score(folder: Path) -> float | None:
 # ---- Loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(actor: MegatronPolicy, config: Config) -> LoopState:
+def load_checkpoint(policy: MegatronPolicy, config: Config) -> LoopState:
     """Restore weights, moments and schedule from the newest undamaged checkpoint of run_dir. All ranks call it.
 
     The optimizer's hyper-parameters are those of `config`, so that a run can go on with another learning rate.
     """
-    runtime = actor.runtime
+    runtime = policy.runtime
     folder = _newest_undamaged(Path(config.run_dir) / "checkpoints", runtime)
     if folder is None:
         return LoopState()
     about = read_about(folder, config.model.path, runtime)
     _check_same_kind(folder, saved_config(folder), config)
-    loaded = read_tensors(_state_dict(actor, is_loading=True), folder)
-    actor.model.load_state_dict(loaded["model"], strict=False)
-    for name, average in actor.teacher_average.items():
+    loaded = read_tensors(_state_dict(policy, is_loading=True), folder)
+    policy.model.load_state_dict(loaded["model"], strict=False)
+    for name, average in policy.teacher_average.items():
         average.copy_(loaded["teacher_average"][name])
-    _load_optimizer(actor.optimizer, loaded["optimizer"])
-    actor.scheduler.num_steps = 0
-    actor.scheduler.step(increment=loaded["opt_param_scheduler"]["num_steps"])
+    _load_optimizer(policy.optimizer, loaded["optimizer"])
+    policy.scheduler.num_steps = 0
+    policy.scheduler.step(increment=loaded["opt_param_scheduler"]["num_steps"])
     return LoopState(**about["loop"])
 
 
 def saved_config(checkpoint: Path) -> Config:
     """The config of the run that wrote a checkpoint."""
-    values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml")))
+    values = read_old_sections(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml"))))
     sections = get_type_hints(Config)
     return Config(**{name: sections[name](**v) if isinstance(v, dict) else v for name, v in values.items()})
 
@@ -334,14 +335,14 @@ def _check_same_kind(folder: Path, saved: Config, config: Config) -> None:
 # ---- Which tensors ---------------------------------------------------------------------------------------------------
 
 
-def _state_dict(actor: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
+def _state_dict(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
     """The trained weights and the optimizer's state, by reference, with their places in the whole."""
-    _complete_moments(actor.optimizer)
-    weights = trained_weights(actor.model)
-    optimizer = actor.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(CONTENT))
+    _complete_moments(policy.optimizer)
+    weights = trained_weights(policy.model)
+    optimizer = policy.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(CONTENT))
     if optimizer.get("param_state", ...) is None:  # gathered on another rank
         del optimizer["param_state"]
-    average = {name: _with_data(weights[name], tensor) for name, tensor in actor.teacher_average.items()}
+    average = {name: _with_data(weights[name], tensor) for name, tensor in policy.teacher_average.items()}
     return {"model": weights, "optimizer": optimizer, "teacher_average": average}
 
 

@@ -19,17 +19,17 @@ class AlgorithmConfig:
     # The distillation: how much of it, from whom, into what.
     lambda_0: float = 1.0
     """Weight of the distillation of one prompt, lambda_0 times its frontier weight (ours; paper eq. 12)."""
-    clip: float = 0.05
+    kl_clip: float = 0.05
     """tau, the cap on each summand p_T (log p_T - log p_S) (OPSD)."""
-    prefixes: int = 1024
-    """K, the distilled positions at the start of a completion (ours; OPSD distils 1024 to 2048)."""
+    prefix_tokens: int = 1024
+    """K, the distilled positions at the start of a completion (ours; OPSD distills 1024 to 2048)."""
     frontier: str = "dynamic"
-    """dynamic: p(1 - p) (paper); dynamic_peak1: 4p(1 - p) (ours); sqrt: sqrt(p(1 - p)) (ours); fixed: 1 (paper)."""
+    """dynamic: p(1 - p); fixed: 1 for every group (both: paper)."""
     witness: str = "own"
     """What the teacher reads beside the problem. own: a correct completion of the same group (paper); solution: the
     reference solution (OPSD). Two controls (ours): shuffled: a correct completion of another prompt; none: nothing, so
     that the term is a clipped KL to the teacher's policy as it is deployed."""
-    targets: str = "wrong"
+    distilled: str = "wrong"
     """Distilled completions. wrong: one of each mixed group (paper); every_wrong: all wrong ones of each mixed group
     (ours); every: all completions of all groups (OPSD). Several share their group's weight equally."""
     correct_selector: str = "shortest"
@@ -43,22 +43,17 @@ class AlgorithmConfig:
     """Share of the average that stays at each optimizer step, for teacher=ema (OPSD)."""
     divergence: str = "forward_kl"
     """From teacher to student: forward_kl (paper), reverse_kl or jsd (GKD, arXiv 2306.13649)."""
-    clip_unit: str = "summand"
-    """What `clip` caps. summand: each token of the vocabulary (paper); token: the sum, a position's loss (ours)."""
-    position_decay: float = 1.0
-    """Position t of a prefix weighs position_decay^t, normalised; 1 weighs all alike (paper), less favours the start
-    (ours)."""
     contrast: float = 0.0
     """Above 0, a second teacher reads the group's selected wrong completion as if it were correct, and contrast times
     the loss against it is subtracted (ours)."""
 
-    # The surrogate (paper eq. 2). What follows clip_ratio_low and clip_ratio_high is off by default.
-    clip_ratio_low: float = 0.2
-    """The surrogate keeps the ratio above 1 - clip_ratio_low (ours)."""
-    clip_ratio_high: float = 0.2
-    """The surrogate keeps the ratio below 1 + clip_ratio_high (ours; a larger one is DAPO's clip-higher, arXiv
+    # The surrogate (paper eq. 2). What follows ratio_clip_low and ratio_clip_high is off by default.
+    ratio_clip_low: float = 0.2
+    """The surrogate keeps the ratio above 1 - ratio_clip_low (ours)."""
+    ratio_clip_high: float = 0.2
+    """The surrogate keeps the ratio below 1 + ratio_clip_high (ours; a larger one is DAPO's clip-higher, arXiv
     2503.14476, there 0.28)."""
-    dual_clip: float = 0.0
+    ratio_clip_dual: float = 0.0
     """Above 1, a bound on the ratio of tokens with a negative advantage too (dual-clip PPO, arXiv 1912.09729, there 3);
     0 is off."""
     advantage: str = "std"
@@ -87,7 +82,7 @@ class AlgorithmConfig:
     """Its estimator, k1, k2 or k3 (k3: GRPO, arXiv 2402.03300; all: Schulman 2020, "Approximating KL divergence")."""
 
     @property
-    def distils(self) -> bool:
+    def distills(self) -> bool:
         """Whether a teacher is read at all."""
         return self.name in ("ssopd", "opsd") and self.lambda_0 > 0
 
@@ -100,14 +95,13 @@ class AlgorithmConfig:
 SELECTORS = ("shortest", "longest", "max_logprob", "min_logprob")
 CHOICES = {
     "name": ("ssopd", "grpo", "opsd", "sft"),
-    "frontier": ("dynamic", "dynamic_peak1", "sqrt", "fixed"),
+    "frontier": ("dynamic", "fixed"),
     "witness": ("own", "solution", "shuffled", "none"),
-    "targets": ("wrong", "every_wrong", "every"),
+    "distilled": ("wrong", "every_wrong", "every"),
     "correct_selector": SELECTORS,
     "wrong_selector": SELECTORS,
     "teacher": ("fixed", "live", "ema"),
     "divergence": ("forward_kl", "reverse_kl", "jsd"),
-    "clip_unit": ("summand", "token"),
     "advantage": ("std", "mean", "leave_one_out"),
     "normalization": ("token", "sequence", "constant"),
     "reference_penalty": ("k1", "k2", "k3"),

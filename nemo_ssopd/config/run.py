@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nemo_ssopd.config.algorithm import CHOICES, AlgorithmConfig
+from nemo_ssopd.config.renamed import with_present_names
 from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
 
 _PACKAGE = Path(__file__).parents[1]
@@ -151,7 +152,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    clip_grad: float = 1.0
+    grad_clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     distributed: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
@@ -265,7 +266,7 @@ ConfigStore.instance().store(name="schema", node=open_schema(Config))
 def compose_run(name: str, overrides: Sequence[str]) -> DictConfig:
     """conf/NAME.yaml with KEY=VALUE overrides, as the training command composes it."""
     with initialize_config_dir(str(CONF), version_base=None):
-        return compose(name, list(overrides))
+        return compose(name, with_present_names(list(overrides)))
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -354,15 +355,15 @@ def _check_values(config: Config) -> None:
             "rollout.refit": ("merged", "adapter"),
             **{f"algorithm.{name}": allowed for name, allowed in CHOICES.items()},
         },
-        at_least_one="parallel.world_size parallel.tensor parallel.threads algorithm.prefixes rollout.group_size "
+        at_least_one="parallel.world_size parallel.tensor parallel.threads algorithm.prefix_tokens rollout.group_size "
         "rollout.max_prompt_tokens rollout.max_new_tokens rollout.max_sequences verifier.workers trainer.max_steps "
         "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens "
         "evaluation.samples evaluation.max_new_tokens lora.rank trainer.max_skipped_steps",
-        positive="parallel.timeout_minutes algorithm.clip algorithm.position_decay "
+        positive="parallel.timeout_minutes algorithm.kl_clip "
         "optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha",
         not_negative="algorithm.lambda_0 algorithm.contrast "
-        "algorithm.reference_kl algorithm.advantage_eps algorithm.clip_ratio_low "
-        "algorithm.clip_ratio_high optimizer.weight_decay optimizer.clip_grad optimizer.warmup_steps "
+        "algorithm.reference_kl algorithm.advantage_eps algorithm.ratio_clip_low "
+        "algorithm.ratio_clip_high optimizer.weight_decay optimizer.grad_clip optimizer.warmup_steps "
         "optimizer.decay_steps algorithm.refills algorithm.overlong_buffer algorithm.importance_cap "
         "trainer.save_every trainer.teacher_samples trainer.eval_every trainer.keep_checkpoints rollout.tensor "
         "trainer.spike_factor evaluation.temperature trainer.max_logprob_mismatch trainer.time_budget_minutes",
@@ -399,10 +400,9 @@ def _check_algorithm(algorithm: AlgorithmConfig, rollout: RolloutConfig) -> None
         f"rollout.group_size={rollout.group_size}: advantages compare completions, give at least 2",
     )
     require(0 <= algorithm.ema_decay < 1, f"algorithm.ema_decay={algorithm.ema_decay}: give 0 or more, below 1")
-    require(algorithm.position_decay <= 1, f"algorithm.position_decay={algorithm.position_decay}: give at most 1")
     require(
-        algorithm.dual_clip == 0 or algorithm.dual_clip > 1,
-        f"algorithm.dual_clip={algorithm.dual_clip}: give a bound on the ratio above 1, or 0 for none",
+        algorithm.ratio_clip_dual == 0 or algorithm.ratio_clip_dual > 1,
+        f"algorithm.ratio_clip_dual={algorithm.ratio_clip_dual}: give a bound on the ratio above 1, or 0 for none",
     )
     require(
         algorithm.overlong_buffer <= rollout.max_new_tokens,

@@ -1,7 +1,7 @@
 """Hugging Face and PEFT directories from the policy: weights or adapters, config, tokenizer, chat template, model card.
 
-    export_hf(actor.weights(), "models/Qwen3-8B", Path("out"), runtime, dtype=torch.bfloat16, card=make_card)
-    export_adapter(peft_weights(actor.model, runtime), config.lora, "models/Qwen3-8B", Path("out"), runtime)
+    export_hf(policy.weights(), "models/Qwen3-8B", Path("out"), runtime, dtype=torch.bfloat16, card=make_card)
+    export_adapter(peft_weights(policy.model, runtime), config.lora, "models/Qwen3-8B", Path("out"), runtime)
 
 Tensors go to the disk one at a time: host memory holds one of them, and nothing of a shard.
 """

@@ -48,7 +48,7 @@ def load_data(config: Config) -> RunData:
 
 def _rendered(name: str, source: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[RenderedPrompt, ...]:
     """Problems with the student's tokens. Prompts over rollout.max_prompt_tokens are left out, and counted."""
-    need_solution = name == "data.train" and config.algorithm.distils and config.algorithm.witness == "solution"
+    need_solution = name == "data.train" and config.algorithm.distills and config.algorithm.witness == "solution"
     prompts = load_prompts(source, config.data, need_solution=need_solution)
     rendered = [RenderedPrompt(prompt, render_student(tokenizer, prompt, config.data)) for prompt in prompts]
     kept = tuple(prompt for prompt in rendered if len(prompt.tokens) <= config.rollout.max_prompt_tokens)

@@ -48,13 +48,13 @@ def pack(
     tokens: list[int] = []
     bounds = [0]
     index: list[int] = []
-    targets: list[int] = []
+    token_ids: list[int] = []
     offsets = [0]
     for sequence in (sequences[row] for row in rows):
         before_first = len(tokens) + sequence.prompt_length - 1
         index.extend(range(before_first, before_first + sequence.completion_length))
-        targets.extend(sequence.completion)
-        offsets.append(len(targets))
+        token_ids.extend(sequence.completion)
+        offsets.append(len(token_ids))
         tokens.extend(sequence.tokens)
         bounds.append(len(tokens))
     if missing := -len(tokens) % multiple:
@@ -66,7 +66,7 @@ def pack(
         bounds=tuple(bounds),
         starts=send(torch.tensor(bounds, dtype=torch.int32), device),
         index_T=send(torch.tensor(index, dtype=torch.long), device),
-        targets_T=send(torch.tensor(targets, dtype=torch.long), device),
+        token_ids_T=send(torch.tensor(token_ids, dtype=torch.long), device),
         offsets=tuple(offsets),
     )
 

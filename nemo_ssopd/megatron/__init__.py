@@ -1,1 +1,1 @@
-"""The trainer's side: model, adapters, actor, refit, checkpoints, export, on Megatron-Core."""
+"""The trainer's side: model, adapters, policy, refit, checkpoints, export, on Megatron-Core."""

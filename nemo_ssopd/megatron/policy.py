@@ -6,8 +6,9 @@ vocabulary shard.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ from nemo_ssopd.megatron.weights import Rounding, hf_weights, load_hf_weights
 from nemo_ssopd.metrics import Max, Metrics, Sum, fetch, merge
 from nemo_ssopd.models.hf_config import HFModelConfig
 from nemo_ssopd.ops.logprobs import linear_logprobs
-from nemo_ssopd.types import PackedBatch, StepCounts, TokenSequence, TrainBatch
+from nemo_ssopd.types import PackedBatch, TokenSequence, TrainExample
 
 # float16 only. Losses are divided by the tokens of a global batch, millions of them, so that gradients of one token are
 # far under float16's smallest number, 6e-8; the scale lifts them. Twice as large each LOSS_SCALE_WINDOW steps without
@@ -63,6 +64,15 @@ class StepResult:
     metrics: Metrics
 
 
+@dataclass(frozen=True)
+class _Denominators:
+    """Global counts of one optimizer step, as scalars on the device: nothing waits for them."""
+
+    tokens: torch.Tensor
+    completions: torch.Tensor
+    aux: tuple[torch.Tensor, ...]
+
+
 class MegatronPolicy:
     """A policy with its optimizer. All ranks of a tensor-parallel group call every method together."""
 
@@ -70,6 +80,8 @@ class MegatronPolicy:
         self.hf, self.runtime = hf, runtime
         self.temperature = config.rollout.temperature
         self.chunk_tokens = config.trainer.chunk_tokens
+        self._normalization = config.algorithm.normalization
+        self._max_new_tokens = config.rollout.max_new_tokens
         self._pad_id = pad_id
         self._multiple = config.parallel.tensor if config.parallel.sequence else 1
         self._token_budget = config.trainer.token_budget // self._multiple * self._multiple
@@ -88,24 +100,50 @@ class MegatronPolicy:
         self.grad_norm_limit = math.inf
         """A step with a larger gradient norm is skipped; the loop sets it, from the norms of the steps before."""
 
-    # The no-gradient passes.
+    # The passes without gradients.
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, ...]:
-        """Of each completion under the current weights, at the sampling temperature: [completion length] each."""
-        by_row: dict[int, torch.Tensor] = {}
-        with torch.no_grad():
-            for packed in self._packed(sequences):
-                logprobs_T, _ = self._logprobs(self._forward(packed).index_select(0, packed.index_T), packed)
-                by_row |= unpack(logprobs_T, packed)
-        return tuple(by_row[row] for row in range(len(sequences)))
+        """Score each completion under the current weights, at the sampling temperature: [completion length] each."""
+        return self._without_gradient(sequences, lambda hidden_TH, packed: self._logprobs(hidden_TH, packed)[0])
 
     def hidden_states(self, sequences: Sequence[TokenSequence]) -> tuple[torch.Tensor, ...]:
-        """The final hidden states that predict each completion token: [completion length, H] each."""
-        by_row: dict[int, torch.Tensor] = {}
+        """Return the final hidden states that predict each completion token: [completion length, H] each."""
+        return self._without_gradient(sequences, lambda hidden_TH, packed: hidden_TH)
+
+    def _without_gradient(
+        self, sequences: Sequence[TokenSequence], compute: Callable[[torch.Tensor, PackedBatch], torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Run all sequences through Megatron's schedule; return what `compute` makes of each one's hidden states."""
+        microbatches = list(self._packed(sequences))
+        if not microbatches:
+            return ()
         with torch.no_grad():
-            for packed in self._packed(sequences):
-                by_row |= unpack(self._forward(packed).index_select(0, packed.index_T), packed)
+            parts: list[dict[int, torch.Tensor]] = self._forward_backward(
+                forward_step_func=partial(self._pass_step, compute=compute),
+                data_iterator=iter(microbatches),
+                model=[self.model],
+                num_microbatches=len(microbatches),
+                seq_length=0,  # unused without pipeline stages, as is the next
+                micro_batch_size=0,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        by_row = {row: values for part in parts for row, values in part.items()}
         return tuple(by_row[row] for row in range(len(sequences)))
+
+    def _pass_step(
+        self,
+        microbatches: Iterator[PackedBatch],
+        model: torch.nn.Module,
+        *,
+        compute: Callable[[torch.Tensor, PackedBatch], torch.Tensor],
+    ) -> tuple[torch.Tensor, Callable[..., dict[int, torch.Tensor]]]:
+        packed = next(microbatches)
+
+        def collect(hidden_SH: torch.Tensor, non_loss_data: bool) -> dict[int, torch.Tensor]:
+            return unpack(compute(hidden_SH.index_select(0, packed.index_T), packed), packed)
+
+        return self._forward(packed, model), collect
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -146,23 +184,32 @@ class MegatronPolicy:
 
     # The optimizer step.
 
-    def update(self, batch: TrainBatch, token_loss: TokenLoss, aux: AuxLoss | None = None) -> StepResult:
-        """One optimizer step on the batch. None, and `skipped` is true, when loss or gradient are not finite or the
-        gradient norm is over `grad_norm_limit`.
+    def update(
+        self, examples: Sequence[TrainExample], token_loss: TokenLoss, aux_losses: Sequence[AuxLoss] = ()
+    ) -> StepResult:
+        """Take one optimizer step on this rank's examples.
 
-        `loss/total` and the other sums in the metrics are this data-parallel rank's share.
+        The weights stay as they are, and `skipped` is true, when loss or gradient are not finite or the gradient norm
+        is over `grad_norm_limit`. `loss/total` in the metrics is this data-parallel rank's share.
         """
         # All that the device needs from the host goes over before the first pass; metrics come back after the last.
-        microbatches = [(packed, self._known_inputs(packed, batch)) for packed in self._packed(batch.sequences)]
+        denominators = self._denominators(examples, aux_losses)
+        microbatches = [
+            (packed, self._known_inputs([examples[row] for row in packed.rows]))
+            for packed in self._packed([example.sequence for example in examples])
+        ]
         loss_scale = self.optimizer.get_loss_scale()
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        loss = partial(
+            self._loss, examples=examples, token_loss=token_loss, aux_losses=aux_losses, denominators=denominators
+        )
         logs: list[list[Metrics]] = self._forward_backward(
-            forward_step_func=partial(self._forward_step, counts=batch.counts, token_loss=token_loss, aux=aux),
+            forward_step_func=partial(self._forward_step, loss=loss),
             data_iterator=iter(microbatches),
             model=[self._ddp],
             num_microbatches=len(microbatches),
-            seq_length=0,  # unused without pipeline stages, as is the next
+            seq_length=0,
             micro_batch_size=0,
             forward_only=False,
         )
@@ -182,6 +229,18 @@ class MegatronPolicy:
         if self.model.config.fp16:
             metrics["optim/loss_scale"] = Max(float(loss_scale))
         return StepResult(skipped=skipped, metrics=metrics)
+
+    def _denominators(self, examples: Sequence[TrainExample], aux_losses: Sequence[AuxLoss]) -> _Denominators:
+        """Count over all data-parallel ranks. Where nothing is counted, 1 divides a sum of zero."""
+        own = [
+            sum(sum(example.token_weights) for example in examples),
+            sum(any(example.token_weights) for example in examples),
+            *(aux.denominator(examples) for aux in aux_losses),
+        ]
+        counts = send(torch.tensor(own, dtype=torch.float64), self.runtime.device)
+        dist.all_reduce(counts, group=self.runtime.dp_group)
+        tokens, completions, *aux = counts.clamp(min=1).float().unbind()
+        return _Denominators(tokens, completions, tuple(aux))
 
     def _apply_gradients(self) -> None:
         """Clip them and let Adam step. `optimizer.step()` would prepare them a second time: divide them by the loss
@@ -203,19 +262,10 @@ class MegatronPolicy:
         return bool(flag)
 
     def _forward_step(
-        self,
-        microbatches: Iterator[tuple[PackedBatch, MakeInputs]],
-        model: torch.nn.Module,
-        *,
-        counts: StepCounts,
-        token_loss: TokenLoss,
-        aux: AuxLoss | None,
+        self, microbatches: Iterator[tuple[PackedBatch, MakeInputs]], model: torch.nn.Module, *, loss: partial
     ) -> tuple[torch.Tensor, partial]:
         packed, inputs = next(microbatches)
-        hidden_SH = self._forward(packed, model)
-        return hidden_SH, partial(
-            self._loss, packed=packed, inputs=inputs, counts=counts, token_loss=token_loss, aux=aux
-        )
+        return self._forward(packed, model), partial(loss, packed=packed, inputs=inputs)
 
     def _loss(
         self,
@@ -223,11 +273,12 @@ class MegatronPolicy:
         *,
         packed: PackedBatch,
         inputs: MakeInputs,
-        counts: StepCounts,
+        examples: Sequence[TrainExample],
         token_loss: TokenLoss,
-        aux: AuxLoss | None,
+        aux_losses: Sequence[AuxLoss],
+        denominators: _Denominators,
     ) -> tuple[torch.Tensor, torch.Tensor, list[Metrics]]:
-        """This micro-batch's share of the global loss: every sum divided by its own global count.
+        """Return this micro-batch's share of the global loss: every sum divided by its own global count.
 
         This is the one place where scales are decided. What comes out only has to be added up over micro-batches
         and data-parallel ranks, which is what `calculate_per_token_loss` makes Megatron's schedule and its
@@ -236,38 +287,64 @@ class MegatronPolicy:
         """
         hidden_TH = hidden_SH.index_select(0, packed.index_T)
         logprobs_T, entropy_T = self._logprobs(hidden_TH, packed)
-        total, metrics = token_loss(inputs(logprobs_T=logprobs_T, entropy_T=entropy_T))
-        loss, logs = total / counts.tokens, [metrics]
-        if aux is not None:
-            weight_WH = output_weight(self.model)
-            for row, start in zip(packed.rows, packed.offsets, strict=False):
-                if positions := aux.positions(row):
-                    aux_loss, aux_metrics = aux(row, hidden_TH[start : start + positions], weight_WH)
-                    loss = loss + aux_loss / counts.prompts
-                    logs.append(aux_metrics)
+        known = inputs(logprobs_T=logprobs_T, entropy_T=entropy_T)
+        loss_T, metrics = token_loss(known)
+        loss, logs = self._normalized(loss_T, known.weights_T, packed, denominators), [metrics]
+        weight_WH = output_weight(self.model)
+        spans = list(zip(packed.rows, packed.offsets, strict=False))
+        for aux, denominator in zip(aux_losses, denominators.aux, strict=True):
+            read = [(examples[row], start, aux.positions(examples[row])) for row, start in spans]
+            read = [(example, start, positions) for example, start, positions in read if positions]
+            if read:
+                hidden_KH = torch.cat([hidden_TH[start : start + positions] for _, start, positions in read])
+                aux_sum, aux_metrics = aux([example for example, _, _ in read], hidden_KH, weight_WH)
+                loss = loss + aux_sum / denominator
+                logs.append({f"{aux.area}/{name}": metric for name, metric in aux_metrics.items()})
         logs.append({"loss/total": Sum(loss.detach())})
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), logs
 
-    def _known_inputs(self, packed: PackedBatch, batch: TrainBatch) -> MakeInputs:
-        """What is known of a micro-batch's tokens before its forward pass, on the device; each is sent once."""
+    def _normalized(
+        self, loss_T: torch.Tensor, weights_T: torch.Tensor, packed: PackedBatch, counts: _Denominators
+    ) -> torch.Tensor:
+        """Return this micro-batch's share of the average of the token losses.
+
+        token: over the batch's tokens (paper eq. 2; DAPO). sequence: over each completion's tokens, then over
+        completions (GRPO, arXiv 2402.03300). constant: each completion's sum divided by rollout.max_new_tokens, then
+        over completions (Dr. GRPO, arXiv 2503.20783). Tokens and completions of weight 0 do not count.
+        """
+        weighted_T = loss_T * weights_T
+        if self._normalization == "token":
+            return weighted_T.sum() / counts.tokens
+        if self._normalization == "constant":
+            return weighted_T.sum() / self._max_new_tokens / counts.completions
+        lengths = [end - start for start, end in itertools.pairwise(packed.offsets)]
+        parts = zip(weighted_T.split(lengths), weights_T.split(lengths), strict=True)
+        means = [losses.sum() / weights.sum().clamp(min=1) for losses, weights in parts]
+        return torch.stack(means).sum() / counts.completions
+
+    def _known_inputs(self, examples: Sequence[TrainExample]) -> MakeInputs:
+        """Send what is known of a micro-batch's tokens before its forward pass to the device, each once."""
         device = self.runtime.device
 
-        def joined(values: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
-            if values is None:
+        def joined(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+            present = [value for value in values if value is not None]
+            if not present:
                 return None
-            values_T = torch.cat([values[row] for row in packed.rows])
+            assert len(present) == len(values), "some examples were scored, and others were not"
+            values_T = torch.cat(present)
             return send(values_T, device) if values_T.device.type == "cpu" else values_T
 
-        def repeated(values: Sequence[float]) -> torch.Tensor:
-            return send(torch.tensor([values[row] for row in packed.rows for _ in batch.weights[row]]), device)
+        def listed(values: Iterable[float]) -> torch.Tensor:
+            return send(torch.tensor(list(values)), device)
 
+        sampler = [None if e.sampler_logprobs is None else torch.tensor(e.sampler_logprobs) for e in examples]
         return partial(
             TokenInputs,
-            advantages_T=send(torch.tensor([w for row in packed.rows for w in batch.weights[row]]), device),
-            old_logprobs_T=joined(batch.old_logprobs),
-            reference_logprobs_T=joined(batch.reference_logprobs),
-            sampler_logprobs_T=joined(batch.sampler_logprobs),
-            scales_T=None if batch.scales is None else repeated(batch.scales),
+            weights_T=listed(weight for e in examples for weight in e.token_weights),
+            advantages_T=listed(e.advantage for e in examples for _ in e.token_weights),
+            old_logprobs_T=joined([e.old_logprobs for e in examples]),
+            reference_logprobs_T=joined([e.reference_logprobs for e in examples]),
+            sampler_logprobs_T=joined(sampler),
         )
 
     # Weights out.
@@ -290,7 +367,7 @@ class MegatronPolicy:
         return linear_logprobs(
             hidden_TH,
             output_weight(self.model),
-            packed.targets_T,
+            packed.token_ids_T,
             temperature=self.temperature,
             group=self.runtime.tp_group,
             chunk_tokens=self.chunk_tokens,
@@ -353,7 +430,7 @@ def _optimizer(
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
             adam_eps=config.eps,
-            clip_grad=config.clip_grad,
+            clip_grad=config.grad_clip,
             bf16=dtype is torch.bfloat16,
             fp16=dtype is torch.float16,
             initial_loss_scale=LOSS_SCALE,

@@ -1,6 +1,6 @@
 """The trainer's weights to the rollout engine, in place, at the start and after every step, and proof that they came.
 
-    refit(actor, engine, config, policy_version=7)
+    refit(policy, engine, config, policy_version=7)
 
 Merged: every weight goes over, adapters added. Adapter: the engine keeps the base model, and gets A and B as a LoRA
 adapter of its own, rank / hidden of the bytes; the trainer's rounding is then the engine's too.
@@ -43,22 +43,22 @@ class Engine(Protocol):
     def differing(self, sent: Mapping[str, SentTensor]) -> list[str]: ...
 
 
-def refit(actor: MegatronPolicy, engine: Engine, config: Config, *, policy_version: int) -> None:
-    """From here on the engine samples from the actor's policy, inside `reference` or `teacher` from that one's.
+def refit(policy: MegatronPolicy, engine: Engine, config: Config, *, policy_version: int) -> None:
+    """From here on the engine samples from the policy's policy, inside `reference` or `teacher` from that one's.
 
     All ranks call it, with config.rollout.refit. UnhealthyRun on all of them where an engine holds something else.
     """
     sent: dict[str, SentTensor] = {}
     if config.rollout.refit == "merged":
-        engine.load_weights(_sampled(actor.weights(), sent, turn=policy_version), policy_version=policy_version)
-    elif adapters_enabled(actor.model):
-        matrices = list(_scaled(peft_weights(actor.model, actor.runtime), config.lora))
+        engine.load_weights(_sampled(policy.weights(), sent, turn=policy_version), policy_version=policy_version)
+    elif adapters_enabled(policy.model):
+        matrices = list(_scaled(peft_weights(policy.model, policy.runtime), config.lora))
         sent |= {name: SentTensor(name, tuple(matrix.shape), 0, 1, matrix) for name, matrix in matrices}
         engine.load_adapter(matrices, policy_version=policy_version)
     else:
         engine.drop_adapter(policy_version=policy_version)
-    everywhere: list[Any] = [None] * actor.runtime.world_size
-    dist.all_gather_object(everywhere, engine.differing(sent), group=actor.runtime.cpu_group)
+    everywhere: list[Any] = [None] * policy.runtime.world_size
+    dist.all_gather_object(everywhere, engine.differing(sent), group=policy.runtime.cpu_group)
     stale = [(rank, name) for rank, names in enumerate(everywhere) for name in names]
     if stale:
         rank, name = stale[0]

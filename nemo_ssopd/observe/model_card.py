@@ -99,8 +99,8 @@ def _recipe(config: Config) -> list[tuple[str, str]]:
     if algorithm.name == "ssopd":
         recipe |= {
             "lambda_0": algorithm.lambda_0,
-            "clip tau": algorithm.clip,
-            "distilled prefixes K": algorithm.prefixes,
+            "clip tau": algorithm.kl_clip,
+            "distilled prefixes K": algorithm.prefix_tokens,
         }
     recipe |= {
         "prompts of a step": trainer.prompts_per_step,

@@ -26,14 +26,13 @@ from nemo_ssopd.ops.vocab_parallel import LN_2, compute_dtype, gather_shards, ou
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence, and what its clip caps: each summand over the vocabulary, or the sum, the token's loss.
+    """Which divergence, and the cap on each of its summands over the vocabulary.
 
-    >>> Divergence(kind="reverse_kl", clip=0.05, clip_unit="token")
+    >>> Divergence(kind="reverse_kl", clip=0.05)
     """
 
     kind: str
     clip: float
-    clip_unit: str
 
     def summands(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         """One per column of the vocabulary, before any clip."""
@@ -76,7 +75,7 @@ class _TokenDivergence:
 
     divergence: Divergence
     group: dist.ProcessGroup | None
-    num_saved: ClassVar[int] = 4  # log-sum-exp of student and teacher, sum of d_v, whether the token counts
+    num_saved: ClassVar[int] = 3  # log-sum-exp of student and teacher, sum of d_v
 
     def evaluate(self, student_CW: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_sums = [
@@ -86,34 +85,27 @@ class _TokenDivergence:
         student_logp_CW, teacher_logp_CW = _log_probs(student_CW, log_sums[0]), _log_probs(teacher_CW, log_sums[1])
         slope_CW, summands_CW, counted_CW = self._slope(student_logp_CW, teacher_logp_CW)
         entropies = [-(logp_CW.exp() * logp_CW).sum(1) for logp_CW in (teacher_logp_CW, student_logp_CW)]
-        clip = self.divergence.clip
-        over_C = (summands_CW > clip).any(1).to(summands_CW.dtype)
+        over_C = (summands_CW > self.divergence.clip).any(1).to(summands_CW.dtype)
         parts = [counted_CW.sum(1), slope_CW.sum(1), summands_CW.sum(1), over_C, *entropies]
         loss_C, slope_C, whole_C, over_C, *entropies = sum_shards(torch.stack(parts), self.group).unbind(0)
-        counts_C = torch.ones_like(loss_C)
-        if self.divergence.clip_unit == "token":
-            over_C = (whole_C > clip).to(whole_C.dtype)
-            loss_C, counts_C = whole_C.clamp(max=clip), 1 - over_C
         stats = [whole_C, over_C.clamp(max=1.0), whole_C - loss_C, *entropies]
-        return loss_C, torch.stack(stats, dim=1), torch.stack([*log_sums, slope_C, counts_C], dim=1)
+        return loss_C, torch.stack(stats, dim=1), torch.stack([*log_sums, slope_C], dim=1)
 
     def write_gradient(
         self, student_CW: Tensor, teacher_CW: Tensor, saved: Tensor, upstream_C: Tensor | None, out_CW: Tensor
     ) -> None:
-        student_log_sum_C, teacher_log_sum_C, slope_C, counts_C = saved.to(compute_dtype(student_CW.dtype)).unbind(1)
+        student_log_sum_C, teacher_log_sum_C, slope_C = saved.to(compute_dtype(student_CW.dtype)).unbind(1)
         student_logp_CW = _log_probs(student_CW, student_log_sum_C)
         slope_CW, _, _ = self._slope(student_logp_CW, _log_probs(teacher_CW, teacher_log_sum_C))
         grad_CW = slope_CW - student_logp_CW.exp() * slope_C.unsqueeze(1)
-        scale_C = counts_C if upstream_C is None else counts_C * upstream_C
-        out_CW.copy_(grad_CW * scale_C.unsqueeze(1))
+        out_CW.copy_(grad_CW if upstream_C is None else grad_CW * upstream_C.unsqueeze(1))
 
     def _slope(self, student_logp_CW: Tensor, teacher_logp_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """d_v, the summands, and what is counted of them, all [C, W]."""
         with torch.enable_grad():
             student_logp_CW = student_logp_CW.detach().requires_grad_()
             summands_CW = self.divergence.summands(student_logp_CW, teacher_logp_CW)
-            per_token = self.divergence.clip_unit == "token"
-            counted_CW = summands_CW if per_token else summands_CW.clamp(max=self.divergence.clip)
+            counted_CW = summands_CW.clamp(max=self.divergence.clip)
             (slope_CW,) = torch.autograd.grad(counted_CW.sum(), student_logp_CW)
         return slope_CW, summands_CW.detach(), counted_CW.detach()
 

@@ -23,15 +23,21 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 from nemo.core.config import hydra_runner  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from nemo_ssopd.config.renamed import with_present_names  # noqa: E402
 from nemo_ssopd.config.run import CONF, Config, from_hydra  # noqa: E402
 from nemo_ssopd.data.loading import load_data  # noqa: E402
 from nemo_ssopd.run.watchdog import last_seen  # noqa: E402
 from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher  # noqa: E402
 
 
+def main() -> None:
+    """Run the console entry `nemo-ssopd-train`."""
+    sys.argv[1:] = with_present_names(sys.argv[1:])
+    _main()
+
+
 @hydra_runner(config_path=str(CONF), config_name="tiny_cpu")
-def main(composed: DictConfig) -> None:
-    """Console entry `nemo-ssopd-train`."""
+def _main(composed: DictConfig) -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
         config = from_hydra(composed)

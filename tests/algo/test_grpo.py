@@ -11,12 +11,12 @@ import torch
 
 from nemo_ssopd.algo.grpo import (
     PENALTIES,
+    RatioClip,
     clipped_surrogate,
     k1_penalty,
     k2_penalty,
     k3_penalty,
     ratio_stats,
-    token_scales,
 )
 from nemo_ssopd.algo.losses import TokenInputs, grpo_loss
 from nemo_ssopd.metrics import merge
@@ -43,16 +43,16 @@ def test_surrogate_value_gradient_and_clip() -> None:
     old_T = torch.linspace(-3.0, -0.1, len(CASES), dtype=torch.float64).requires_grad_()
     logprobs_T = (old_T + torch.tensor(ratios, dtype=torch.float64).log()).detach().requires_grad_()
     advantages_T = torch.tensor(advantages, dtype=torch.float64).requires_grad_()
-    clip = {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}
+    clip = RatioClip(CLIP_LOW, CLIP_HIGH)
 
-    loss_T = clipped_surrogate(logprobs_T, old_T, advantages_T, **clip)
+    loss_T = clipped_surrogate(logprobs_T, old_T, advantages_T, clip)
     loss_T.sum().backward()
 
     torch.testing.assert_close(loss_T.detach(), torch.tensor(losses, dtype=torch.float64))
     torch.testing.assert_close(logprobs_T.grad, torch.tensor(gradients, dtype=torch.float64))
     assert old_T.grad is None and advantages_T.grad is None
 
-    stats = ratio_stats(logprobs_T, old_T, advantages_T, **clip)
+    stats = ratio_stats(logprobs_T, old_T, advantages_T, clip)
     torch.testing.assert_close(stats.ratio_T, torch.tensor(ratios, dtype=torch.float64))
     assert stats.clipped_T.tolist() == clipped
     assert not stats.ratio_T.requires_grad
@@ -63,7 +63,7 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
     logprobs_T = torch.tensor([-0.7, -2.0, -0.01], dtype=torch.float64, requires_grad=True)
     advantages_T = torch.tensor([1.7, -0.6, 0.3], dtype=torch.float64)
     old_T = logprobs_T.detach().clone()
-    clipped_surrogate(logprobs_T, old_T, advantages_T, clip_low=0.2, clip_high=0.2).sum().backward()
+    clipped_surrogate(logprobs_T, old_T, advantages_T, RatioClip(0.2, 0.2)).sum().backward()
     assert logprobs_T.grad is not None
     assert logprobs_T.grad.tolist() == [-1.7, 0.6, -0.3]
 
@@ -75,7 +75,7 @@ def test_gradients_match_finite_differences() -> None:
     advantages_T = torch.randn(50, generator=generator, dtype=torch.float64)
 
     def surrogate(x_T: torch.Tensor) -> torch.Tensor:
-        return clipped_surrogate(x_T, old_T, advantages_T, clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+        return clipped_surrogate(x_T, old_T, advantages_T, RatioClip(CLIP_LOW, CLIP_HIGH))
 
     assert torch.autograd.gradcheck(surrogate, (logprobs_T,))
     assert torch.autograd.gradcheck(lambda x_T: k3_penalty(x_T, old_T), (logprobs_T,))
@@ -107,11 +107,11 @@ def test_dual_clip_bounds_tokens_with_a_negative_advantage() -> None:
     ratios, advantages, losses, gradients, clipped = (list(column) for column in zip(*cases, strict=True))
     logprobs_T = torch.tensor(ratios, dtype=torch.float64).log().requires_grad_()
     inputs = logprobs_T, torch.zeros(3, dtype=torch.float64), torch.tensor(advantages, dtype=torch.float64)
-    loss_T = clipped_surrogate(*inputs, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=3.0)
+    loss_T = clipped_surrogate(*inputs, RatioClip(CLIP_LOW, CLIP_HIGH, 3.0))
     loss_T.sum().backward()
     assert loss_T.tolist() == pytest.approx(losses)
     assert logprobs_T.grad is not None and logprobs_T.grad.tolist() == pytest.approx(gradients)
-    stats = ratio_stats(*inputs, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=3.0)
+    stats = ratio_stats(*inputs, RatioClip(CLIP_LOW, CLIP_HIGH, 3.0))
     assert stats.clipped_T.tolist() == clipped
 
 
@@ -148,6 +148,7 @@ def batch() -> tuple[TokenInputs, list[int]]:
         old_logprobs_T=old_T,
         advantages_T=torch.tensor([1.5] + [-0.5] * 4 + [-1.0] * 3, dtype=torch.float64),
         entropy_T=torch.zeros(8),
+        weights_T=torch.ones(8, dtype=torch.float64),
         reference_logprobs_T=reference_T,
         sampler_logprobs_T=old_T + 0.3 * sampler_T,
     )
@@ -166,27 +167,25 @@ def by_hand(inputs: TokenInputs, *, cap: float) -> list[torch.Tensor]:
     return [torch.stack(part) for part in (losses[:1], losses[1:5], losses[5:])]
 
 
-@pytest.mark.parametrize("kept", [(True, True, True), (True, False, True)])
-@pytest.mark.parametrize("by", ["token", "sequence", "constant"])
-def test_normalization_importance_and_masking(by: str, kept: tuple[bool, ...]) -> None:
+def test_importance_and_reference_penalty_of_each_token() -> None:
     inputs, lengths = batch()
-    tokens, completions = sum(n for n, keep in zip(lengths, kept, strict=True) if keep), sum(kept)
-    scales = token_scales(lengths, kept, by=by, tokens=tokens, completions=completions, max_length=20)
-    if scales is not None:
-        repeated = [scale for scale, n in zip(scales, lengths, strict=True) for _ in range(n)]
-        inputs = replace(inputs, scales_T=torch.tensor(repeated, dtype=torch.float64))
-    total, metrics = grpo_loss(inputs, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, reference_kl=0.1, importance_cap=1.1)
-    parts = [part for part, keep in zip(by_hand(inputs, cap=1.1), kept, strict=True) if keep]
-    expected = {
-        "token": torch.cat(parts).mean(),
-        "sequence": torch.stack([part.mean() for part in parts]).mean(),
-        "constant": torch.stack([part.sum() / 20 for part in parts]).mean(),
-    }[by]
-    torch.testing.assert_close(total / tokens, expected)
-    (gradient_T,) = torch.autograd.grad(total / tokens, inputs.logprobs_T, retain_graph=True)
-    (expected_T,) = torch.autograd.grad(expected, inputs.logprobs_T)
-    torch.testing.assert_close(gradient_T, expected_T)
+    loss_T, metrics = grpo_loss(inputs, clip=RatioClip(CLIP_LOW, CLIP_HIGH), reference_kl=0.1, importance_cap=1.1)
+    expected_T = torch.cat(by_hand(inputs, cap=1.1))
+    torch.testing.assert_close(loss_T, expected_T)
+    (gradient_T,) = torch.autograd.grad(loss_T.sum(), inputs.logprobs_T, retain_graph=True)
+    torch.testing.assert_close(gradient_T, torch.autograd.grad(expected_T.sum(), inputs.logprobs_T)[0])
     assert 0 < metrics["loss/importance"].value() < 1.1
+
+
+def test_logged_losses_leave_out_tokens_without_weight() -> None:
+    inputs, _ = batch()
+    weights_T = torch.tensor([1.0, 0, 0, 0, 0, 1, 1, 1], dtype=torch.float64)
+    _, metrics = grpo_loss(
+        replace(inputs, weights_T=weights_T), clip=RatioClip(CLIP_LOW, CLIP_HIGH), reference_kl=0.1, importance_cap=1.1
+    )
+    whole = [metrics["loss/grpo"].value() + 0.1 * metrics["loss/reference_kl"].value()]
+    first, _, last = by_hand(inputs, cap=1.1)
+    assert whole == pytest.approx([float(torch.cat([first, last]).detach().mean())])
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (1, 3)])
@@ -203,13 +202,14 @@ def test_importance_weights_and_effective_sample_size_by_hand(cuts: tuple[int, .
             old_logprobs_T=old_T[start:end],
             advantages_T=advantages_T[start:end],
             entropy_T=torch.zeros(end - start),
+            weights_T=torch.ones(end - start, dtype=torch.float64),
             sampler_logprobs_T=old_T[start:end] - ratios_T[start:end].log(),
         )
-        loss, metrics = grpo_loss(inputs, clip_low=0.2, clip_high=0.2, reference_kl=0.0, importance_cap=2.0)
-        uncorrected, same = grpo_loss(inputs, clip_low=0.2, clip_high=0.2, reference_kl=0.0, importance_cap=0.0)
-        assert uncorrected.item() == pytest.approx(-float(advantages_T[start:end].sum()))
+        loss_T, metrics = grpo_loss(inputs, clip=RatioClip(0.2, 0.2), reference_kl=0.0, importance_cap=2.0)
+        uncorrected_T, same = grpo_loss(inputs, clip=RatioClip(0.2, 0.2), reference_kl=0.0, importance_cap=0.0)
+        assert float(uncorrected_T.detach().sum()) == pytest.approx(-float(advantages_T[start:end].sum()))
         assert same["rollout/effective_sample_size"] == metrics["rollout/effective_sample_size"]
-        total, parts = total + loss, [*parts, metrics]
+        total, parts = total + loss_T.sum(), [*parts, metrics]
     total.backward()
     # -A min(w, 2) at ratio 1: -0.5 + 1 - 4 - 1.
     assert total.item() == pytest.approx(-4.5)

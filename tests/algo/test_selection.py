@@ -42,7 +42,7 @@ def test_frontier_weight() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "weights"),
-    [("dynamic_peak1", [0.75, 1.0, 0.0]), ("sqrt", [3**0.5 / 4, 0.5, 0.0]), ("fixed", [1.0, 1.0, 1.0])],
+    [("fixed", [1.0, 1.0, 1.0])],
 )
 def test_other_frontier_weights(shape: str, weights: list[float]) -> None:
     groups = [[1, 0, 0, 0], [1, 0], [0, 0]]

@@ -45,7 +45,7 @@ from nemo_ssopd.megatron.runtime import Runtime, initialize
 from nemo_ssopd.megatron.weights import hf_weights
 from nemo_ssopd.metrics import Max, Sum
 from nemo_ssopd.models.hf_config import read_hf_config
-from nemo_ssopd.types import StepCounts, TokenSequence, TrainBatch
+from nemo_ssopd.types import TokenSequence, TrainExample
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import save_random_model
 
@@ -608,8 +608,9 @@ def _update(actor: MegatronPolicy, state: LoopState) -> tuple[LoopState, float]:
     """Four sequences, the same for every layout: 8 targets each."""
     runtime = actor.runtime
     tokens = torch.randint(96, (4, 12), generator=torch.Generator().manual_seed(state.step))
-    sequences = tuple(TokenSequence(tuple(row), 4) for row in tokens[runtime.dp_rank :: runtime.dp_size].tolist())
-    result = actor.update(TrainBatch(sequences, ((1.0,) * 8,) * len(sequences), StepCounts(32, 4)), sft_loss)
+    rows = tokens[runtime.dp_rank :: runtime.dp_size].tolist()
+    examples = [TrainExample(TokenSequence(tuple(row), 4), (1.0,) * 8, group=i) for i, row in enumerate(rows)]
+    result = actor.update(examples, sft_loss)
     after = state.after(result.metrics | {"progress/tokens": Sum(32)})
     return after, result.metrics["optim/grad_norm"].value()
 

@@ -79,7 +79,7 @@ def test_the_8b_config_is_the_layout_of_one_node(tmp_path: Path) -> None:
     config = from_hydra(composed("qwen3_8b_tp2", f"model.path={model}"))
     assert (config.parallel.world_size, config.parallel.tensor, config.parallel.sequence) == (8, 2, True)
     assert (config.model.dtype, config.lora.rank, config.lora.alpha) == ("bfloat16", 64, 128.0)
-    assert (config.algorithm.clip, config.algorithm.prefixes, config.algorithm.lambda_0) == (0.05, 1024, 1.0)
+    assert (config.algorithm.kl_clip, config.algorithm.prefix_tokens, config.algorithm.lambda_0) == (0.05, 1024, 1.0)
 
 
 def test_the_paper_s_runs_differ_in_their_recipe_alone(tmp_path: Path) -> None:
@@ -93,19 +93,19 @@ def test_the_paper_s_runs_differ_in_their_recipe_alone(tmp_path: Path) -> None:
             assert replace(config, algorithm=ssopd.algorithm, run_dir=ssopd.run_dir) == ssopd
             override = from_hydra(composed(size, model, f"algorithm={recipe}"))
             assert override.algorithm == config.algorithm
-    assert (ssopd.algorithm.name, ssopd.algorithm.witness, ssopd.algorithm.targets) == ("ssopd", "own", "wrong")
+    assert (ssopd.algorithm.name, ssopd.algorithm.witness, ssopd.algorithm.distilled) == ("ssopd", "own", "wrong")
 
 
 def test_opsd_reads_the_reference_solution_on_every_rollout(tmp_path: Path) -> None:
     config = from_hydra(composed("tiny_cpu", f"model.path={qwen3(tmp_path / 'model')}", "algorithm=opsd"))
     algorithm = config.algorithm
-    assert (algorithm.name, algorithm.witness, algorithm.targets, algorithm.frontier) == (
+    assert (algorithm.name, algorithm.witness, algorithm.distilled, algorithm.frontier) == (
         "opsd",
         "solution",
         "every",
         "fixed",
     )
-    assert not algorithm.rewards and algorithm.distils
+    assert not algorithm.rewards and algorithm.distills
 
 
 def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
         "data.train": "demo:products",
         "data.eval": "demo:products?split=eval",
         "algorithm.lambda_0": 0.5,
-        "algorithm.clip": 0.1,
-        "algorithm.prefixes": 9,
+        "algorithm.kl_clip": 0.1,
+        "algorithm.prefix_tokens": 9,
         "rollout.group_size": 4,
     }
     config = from_hydra(
@@ -140,11 +140,10 @@ def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
         (["rollout.group_size=1"], ("rollout.group_size=1", "at least 2")),
         (["rollout.tensor=3"], ("rollout.tensor=3", "divisor")),
         (["trainer.prompts_per_step=3", "parallel.tensor=1"], ("trainer.prompts_per_step=3", "data-parallel")),
-        (["algorithm.clip=0"], ("algorithm.clip=0", "above 0")),
+        (["algorithm.kl_clip=0"], ("algorithm.kl_clip=0", "above 0")),
         (["algorithm.witness=mine"], ("algorithm.witness='mine'", "own, solution, shuffled, none")),
-        (["algorithm.dual_clip=0.5"], ("algorithm.dual_clip=0.5", "above 1")),
+        (["algorithm.ratio_clip_dual=0.5"], ("algorithm.ratio_clip_dual=0.5", "above 1")),
         (["algorithm.ema_decay=1"], ("algorithm.ema_decay=1", "below 1")),
-        (["algorithm.position_decay=2"], ("algorithm.position_decay=2", "at most 1")),
         (["algorithm.overlong_buffer=200"], ("algorithm.overlong_buffer=200", "rollout.max_new_tokens=112")),
         (["algorithm.name=ppo"], ("algorithm.name='ppo'", "ssopd, grpo")),
         (["data.teacher_template=hello"], ("data.teacher_template", "{problem}")),

@@ -202,8 +202,10 @@ def _package(name: str) -> str | None:
 def _bound(target: str) -> tuple[str, ...]:
     """Arguments that `functools.partial` has given before the call arrives."""
     return {
-        "nemo_ssopd.megatron.policy.MegatronPolicy._forward_step": ("counts", "token_loss", "aux"),
-        "nemo_ssopd.megatron.policy.MegatronPolicy._loss": ("packed", "inputs", "counts", "token_loss", "aux"),
+        "nemo_ssopd.megatron.policy.MegatronPolicy._forward_step": ("loss",),
+        "nemo_ssopd.megatron.policy.MegatronPolicy._loss": (
+            *("packed", "inputs", "examples", "token_loss", "aux_losses", "denominators"),
+        ),
     }.get(target, ())
 
 

@@ -5,13 +5,15 @@ The reference is written from the formulas alone: full log-softmaxes, autograd, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_ssopd.algo.losses import ClippedDistillation, DistillTarget, grpo_loss
+from nemo_ssopd.algo.grpo import RatioClip
+from nemo_ssopd.algo.losses import Distillation, grpo_loss
+from nemo_ssopd.config.algorithm import AlgorithmConfig
 from nemo_ssopd.config.run import (
     Config,
     DataConfig,
@@ -26,22 +28,18 @@ from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.megatron.weights import hf_weights, peft_weights
 from nemo_ssopd.models.hf_config import read_hf_config
-from nemo_ssopd.types import StepCounts, TokenSequence, TrainBatch
+from nemo_ssopd.teacher import read_by_teacher
+from nemo_ssopd.types import TeacherContext, TokenSequence, TrainExample
 
-TEMPERATURE, CLIP, CLIP_LOW, CLIP_HIGH, REFERENCE_KL = 1.1, 0.05, 0.2, 0.25, 0.02
+TEMPERATURE, CLIP, CLIP_LOW, CLIP_HIGH, REFERENCE_KL, MAX_NEW_TOKENS = 1.1, 0.05, 0.2, 0.25, 0.02, 20
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Eight sequences of four prompts, two of them distilled. Ratios leave the clip's range."""
+    """Eight completions of four prompts, two of them distilled. Ratios leave the clip's range; one is masked."""
 
-    sequences: tuple[TokenSequence, ...]
-    advantages: tuple[float, ...]
-    old_logprobs: tuple[torch.Tensor, ...]
-    teachers: dict[int, TokenSequence]
-    weights: dict[int, float]
-    scales: tuple[float, ...]
-    prompts: int = 4
+    examples: tuple[TrainExample, ...]
+    normalization: str = "token"
 
 
 def record(path: str) -> Recorded:
@@ -52,22 +50,29 @@ def record(path: str) -> Recorded:
         return tuple(torch.randint(hf.vocab_size, (count,), generator=generator).tolist())
 
     sizes = [(5, 9), (5, 3), (7, 12), (7, 12), (4, 1), (4, 17), (6, 8), (6, 5)]
-    sequences = tuple(TokenSequence(tokens(prompt + completion), prompt) for prompt, completion in sizes)
+    sequences = [TokenSequence(tokens(prompt + completion), prompt) for prompt, completion in sizes]
     teachers = {}
-    for index, positions in {2: 8, 5: 17}.items():
+    for index, (positions, weight) in {2: (8, 0.25), 5: (17, 0.1875)}.items():
         context = tokens(11)
-        teachers[index] = TokenSequence(context + sequences[index].completion[:positions], len(context))
-    with torch.no_grad():
-        exact = [logits(reference_model(path), s).log_softmax(-1).gather(-1, _targets(s))[:, 0] for s in sequences]
-    noise = [0.4 * torch.randn(len(e), generator=generator, dtype=torch.float64) for e in exact]
-    return Recorded(
-        sequences=sequences,
-        advantages=(1.2, -1.2, 0.7, -0.7, 0.0, 0.0, -1.0, 1.0),
-        old_logprobs=tuple((e + n).float() for e, n in zip(exact, noise, strict=True)),
-        teachers=teachers,
-        weights={2: 0.25, 5: 0.1875},
-        scales=(1.0, 0.5, 2.0, 1.0, 0.0, 1.0, 1.5, 1.0),
-    )
+        read = TokenSequence(context + sequences[index].completion[:positions], len(context))
+        teachers[index] = TeacherContext(read, weight)
+    model = reference_model(path)
+    examples = []
+    for i, (sequence, advantage) in enumerate(zip(sequences, (1.2, -1.2, 0.7, -0.7, 0.0, 0.0, -1.0, 1.0), strict=True)):
+        with torch.no_grad():
+            exact = logits(model, sequence).log_softmax(-1).gather(-1, _token_ids(sequence))[:, 0]
+        noise = 0.4 * torch.randn(len(exact), generator=generator, dtype=torch.float64)
+        examples.append(
+            TrainExample(
+                sequence=sequence,
+                token_weights=(0.0 if i == 3 else 1.0,) * sequence.completion_length,
+                group=i // 2,
+                advantage=advantage,
+                old_logprobs=(exact + noise).float(),
+                teacher=teachers.get(i),
+            )
+        )
+    return Recorded(tuple(examples))
 
 
 # ---- The reference ---------------------------------------------------------------------------------------------------
@@ -83,31 +88,40 @@ def logits(model: torch.nn.Module, sequence: TokenSequence) -> torch.Tensor:
     return all_logits[sequence.prompt_length - 1 : -1]
 
 
-def _targets(sequence: TokenSequence) -> torch.Tensor:
+def _token_ids(sequence: TokenSequence) -> torch.Tensor:
     return torch.tensor(sequence.completion)[:, None]
 
 
 def reference_loss(student: torch.nn.Module, initial: torch.nn.Module, recorded: Recorded) -> torch.Tensor:
-    """Paper eqs. 2, 6, 11 and 13, literally."""
-    tokens = sum(s.completion_length for s in recorded.sequences)
-    grpo, auxiliary = torch.zeros(()), torch.zeros(())
-    for i, sequence in enumerate(recorded.sequences):
+    """Compute paper eqs. 2, 6, 11 and 13, literally, and the two other normalizations."""
+    sums, lengths, auxiliary = [], [], torch.zeros(())
+    for example in recorded.examples:
+        sequence = example.sequence
         student_logp = logits(student, sequence).log_softmax(-1)
         with torch.no_grad():
-            reference = logits(initial, sequence).log_softmax(-1).gather(-1, _targets(sequence))[:, 0]
-        logp = student_logp.gather(-1, _targets(sequence))[:, 0]
-        ratio, advantage = (logp - recorded.old_logprobs[i].double()).exp(), recorded.advantages[i]
+            reference = logits(initial, sequence).log_softmax(-1).gather(-1, _token_ids(sequence))[:, 0]
+        logp = student_logp.gather(-1, _token_ids(sequence))[:, 0]
+        ratio, advantage = (logp - example.old_logprobs.double()).exp(), example.advantage
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
         k3 = (reference - logp).exp() - (reference - logp) - 1
-        grpo = grpo - recorded.scales[i] * (surrogate - REFERENCE_KL * k3).sum()
-        if i in recorded.teachers:
-            teacher = recorded.teachers[i]
+        if example.token_weights[0]:
+            sums.append(-(surrogate - REFERENCE_KL * k3).sum())
+            lengths.append(sequence.completion_length)
+        if example.teacher is not None:
+            teacher = example.teacher.sequence
             with torch.no_grad():
                 teacher_logp = logits(initial, teacher).log_softmax(-1)
             K = teacher.completion_length
             summands = teacher_logp.exp() * (teacher_logp - student_logp[:K])
-            auxiliary = auxiliary + recorded.weights[i] * summands.clamp(max=CLIP).sum(-1).mean()
-    return grpo / tokens + auxiliary / recorded.prompts
+            auxiliary = auxiliary + example.teacher.weight * summands.clamp(max=CLIP).sum(-1).mean()
+    losses = torch.stack(sums)
+    token_loss = {
+        "token": losses.sum() / sum(lengths),
+        "sequence": (losses / torch.tensor(lengths)).mean(),
+        "constant": (losses / MAX_NEW_TOKENS).mean(),
+    }
+    prompts = len({example.group for example in recorded.examples})
+    return token_loss[recorded.normalization] + auxiliary / prompts
 
 
 # ---- Our actor -------------------------------------------------------------------------------------------------------
@@ -121,6 +135,7 @@ def config_for(
     token_budget: int = 4096,
     lora: bool = False,
     dtype: str = "float32",
+    normalization: str = "token",
     **optimizer,
 ) -> Config:
     return Config(
@@ -128,9 +143,10 @@ def config_for(
         model=ModelConfig(path=path, dtype=dtype, recompute=False),
         lora=LoraConfig(enabled=lora, rank=4, alpha=8.0),
         parallel=ParallelConfig(world_size=world_size, tensor=tensor, timeout_minutes=2),
-        rollout=RolloutConfig(temperature=TEMPERATURE),
+        algorithm=AlgorithmConfig(normalization=normalization),
+        rollout=RolloutConfig(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS),
         data=DataConfig(train="unused"),
-        optimizer=OptimizerConfig(lr=1e-3, **{"clip_grad": 0.0, "distributed": False, **optimizer}),
+        optimizer=OptimizerConfig(lr=1e-3, **{"grad_clip": 0.0, "distributed": False, **optimizer}),
         trainer=TrainerConfig(token_budget=token_budget, chunk_tokens=7),
     )
 
@@ -143,27 +159,14 @@ def build_actor(config: Config) -> MegatronPolicy:
 def one_update(actor: MegatronPolicy, recorded: Recorded, *, aux: bool = True):
     """An update on this data-parallel rank's share: whole prompts, dealt out in turn."""
     rank, size = actor.runtime.dp_rank, actor.runtime.dp_size
-    mine = [i for i in range(len(recorded.sequences)) if (i // 2) % size == rank]
+    mine = [example for example in recorded.examples if example.group % size == rank]
     with actor.reference():
-        teachers = {local: recorded.teachers[i] for local, i in enumerate(mine) if i in recorded.teachers}
-        hidden = actor.hidden_states(list(teachers.values()))
-        reference = actor.logprobs([recorded.sequences[i] for i in mine])
-    targets = {
-        local: DistillTarget(h, recorded.weights[mine[local]]) for local, h in zip(teachers, hidden, strict=True)
-    }
-    distillation = ClippedDistillation(
-        targets, CLIP, TEMPERATURE, actor.chunk_tokens, actor.hf.vocab_size, actor.runtime.tp_group
-    )
-    batch = TrainBatch(
-        sequences=tuple(recorded.sequences[i] for i in mine),
-        weights=tuple((recorded.advantages[i],) * recorded.sequences[i].completion_length for i in mine),
-        counts=StepCounts(sum(s.completion_length for s in recorded.sequences), recorded.prompts),
-        old_logprobs=tuple(recorded.old_logprobs[i] for i in mine),
-        reference_logprobs=reference,
-        scales=tuple(recorded.scales[i] for i in mine),
-    )
-    loss = partial(grpo_loss, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, reference_kl=REFERENCE_KL)
-    return actor.update(batch, loss, distillation if aux else None)
+        reference = actor.logprobs([example.sequence for example in mine])
+    mine = [replace(e, reference_logprobs=logprobs) for e, logprobs in zip(mine, reference, strict=True)]
+    mine = read_by_teacher(mine, actor)
+    distillation = Distillation(CLIP, TEMPERATURE, actor.chunk_tokens, actor.hf.vocab_size, actor.runtime.tp_group)
+    loss = partial(grpo_loss, clip=RatioClip(CLIP_LOW, CLIP_HIGH), reference_kl=REFERENCE_KL)
+    return actor.update(mine, loss, [distillation] if aux else [])
 
 
 def loss_and_gradient(config: Config, recorded: Recorded) -> tuple[float, dict[str, torch.Tensor]]:

@@ -108,20 +108,9 @@ def waits_in_an_update(config: Config, recorded: Recorded) -> Counter[tuple[str,
 
 def repeated(recorded: Recorded, times: int) -> Recorded:
     """The batch several times over, with as many more distilled pairs."""
-    rows = len(recorded.sequences)
-
-    def shifted(by_row: dict[int, Any]) -> dict[int, Any]:
-        return {row + copy * rows: value for copy in range(times) for row, value in by_row.items()}
-
-    return Recorded(
-        sequences=recorded.sequences * times,
-        advantages=recorded.advantages * times,
-        old_logprobs=recorded.old_logprobs * times,
-        teachers=shifted(recorded.teachers),
-        weights=shifted(recorded.weights),
-        scales=recorded.scales * times,
-        prompts=recorded.prompts * times,
-    )
+    groups = len({example.group for example in recorded.examples})
+    copies = [replace(e, group=e.group + copy * groups) for copy in range(times) for e in recorded.examples]
+    return replace(recorded, examples=tuple(copies))
 
 
 @pytest.fixture(scope="module")

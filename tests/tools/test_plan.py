@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_ssopd.algo.grpo import RatioClip
 from nemo_ssopd.algo.losses import grpo_loss
 from nemo_ssopd.config.run import Config, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, context_length
 from nemo_ssopd.megatron.model import hidden_states
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
-from nemo_ssopd.types import StepCounts, TokenSequence, TrainBatch
+from nemo_ssopd.types import TokenSequence, TrainExample
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import save_random_model, tokens_BS
 from tests.ops.test_memory import peak_bytes
@@ -242,12 +243,8 @@ def update_peak(overrides: list[str]) -> int:
     count = config.trainer.prompts_per_step * 8 // runtime.dp_size
     whole, rest = divmod(min(config.trainer.token_budget, count * length), length)
     lengths = (length,) * whole + ((rest,) if rest else ())
-    sequences = tuple(TokenSequence((3,) * length, min(prompt, length)) for length in lengths)
-    batch = TrainBatch(
-        sequences=sequences,
-        weights=tuple((1.0,) * sequence.completion_length for sequence in sequences),
-        counts=StepCounts(tokens=sum(lengths), prompts=4),
-    )
-    loss = partial(grpo_loss, clip_low=0.2, clip_high=0.2, reference_kl=0.0)
-    actor.update(batch, loss)  # Adam makes its state
-    return peak_bytes(lambda: actor.update(batch, loss))
+    sequences = [TokenSequence((3,) * length, min(prompt, length)) for length in lengths]
+    examples = [TrainExample(s, (1.0,) * s.completion_length, group=0, advantage=1.0) for s in sequences]
+    loss = partial(grpo_loss, clip=RatioClip(0.2, 0.2), reference_kl=0.0)
+    actor.update(examples, loss)  # Adam makes its state
+    return peak_bytes(lambda: actor.update(examples, loss))

@@ -1,19 +1,20 @@
-"""What the teacher reads, for every witness, selector and choice of targets; texts and weights written out by hand."""
+"""The teacher's contexts for every witness, selector and choice of distilled completions, written out by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from nemo_ssopd.algo.groups import pair_metrics
 from nemo_ssopd.config.run import AlgorithmConfig, Config, DataConfig
 from nemo_ssopd.data.templates import load_tokenizer, render_student
-from nemo_ssopd.distillation import Lesson, held_out_teacher_prompts, lessons
 from nemo_ssopd.evaluation.samples import Sample
-from nemo_ssopd.groups import pair_metrics
 from nemo_ssopd.metrics import Metrics
-from nemo_ssopd.types import Completion, Prompt, RenderedPrompt, Rollout, RolloutGroup, TokenSequence
+from nemo_ssopd.teacher import held_out_teacher_prompts, teacher_contexts
+from nemo_ssopd.types import Completion, Prompt, RenderedPrompt, Rollout, RolloutGroup, TeacherContext, TokenSequence
 
 STUDENT = (1, 2, 3)
 LONG = 1000
@@ -42,23 +43,26 @@ GROUPS = [WRONG, MIXED, OTHER]
 
 def plan(
     tokenizer: PreTrainedTokenizerBase, groups: list[RolloutGroup], *, max_length: int = LONG, **algorithm
-) -> tuple[list[Lesson], Metrics]:
+) -> tuple[dict[tuple[int, int], TeacherContext], Metrics]:
+    """The contexts by the numbers of their group and completion."""
     data = DataConfig(student_template="{problem}", teacher_template="{problem} {witness}")
     config = Config(algorithm=AlgorithmConfig(**algorithm), data=data)
-    return lessons(groups, config, tokenizer, max_length=max_length)
+    contexts, metrics = teacher_contexts(groups, config, tokenizer, max_length=max_length)
+    assert [len(of_group) for of_group in contexts] == [len(group.rollouts) for group in groups]
+    return {(g, i): c for g, of_group in enumerate(contexts) for i, c in enumerate(of_group) if c}, metrics
 
 
-def witnesses(tokenizer: PreTrainedTokenizerBase, planned: list[Lesson]) -> list[str]:
-    texts = [tokenizer.decode(lesson.teacher.prompt) for lesson in planned]
+def witnesses(tokenizer: PreTrainedTokenizerBase, contexts: Iterable[TeacherContext]) -> list[str]:
+    texts = [tokenizer.decode(context.sequence.prompt) for context in contexts]
     return [text.split("\n")[1].split("<|im_end|>")[0] for text in texts]
 
 
 def test_by_default_the_longest_wrong_with_the_shortest_correct_of_its_group(tokenizer) -> None:
     planned, metrics = plan(tokenizer, GROUPS)
-    assert [lesson.row for lesson in planned] == [6 + 2, 12 + 1]
-    assert [lesson.weight for lesson in planned] == [0.25, 5 / 36]
-    assert witnesses(tokenizer, planned) == ["1*2 3", "2*2 0"]
-    assert [lesson.teacher.completion for lesson in planned] == [(52,) * 7, (51,) * 2]
+    assert list(planned) == [(1, 2), (2, 1)]
+    assert [context.weight for context in planned.values()] == [0.25, 5 / 36]
+    assert witnesses(tokenizer, planned.values()) == ["1*2 3", "2*2 0"]
+    assert [context.sequence.completion for context in planned.values()] == [(52,) * 7, (51,) * 2]
     assert all(metric.value() == 0 for metric in metrics.values())
 
 
@@ -76,11 +80,12 @@ def test_by_default_the_longest_wrong_with_the_shortest_correct_of_its_group(tok
     ],
 )
 def test_selectors(tokenizer, side: str, selector: str, chosen: int) -> None:
-    (lesson,), _ = plan(tokenizer, [MIXED], **{f"{side}_selector": selector})
+    planned, _ = plan(tokenizer, [MIXED], **{f"{side}_selector": selector})
     if side == "correct":
-        assert witnesses(tokenizer, [lesson]) == [f"1*2 {chosen}"]
+        assert witnesses(tokenizer, planned.values()) == [f"1*2 {chosen}"]
     else:
-        assert (lesson.row, lesson.teacher.completion[0]) == (chosen, 50 + chosen)
+        assert list(planned) == [(0, chosen)]
+        assert planned[0, chosen].sequence.completion[0] == 50 + chosen
     length = MIXED.lengths[chosen]
     settings = AlgorithmConfig(**{f"{side}_selector": selector})
     assert pair_metrics(MIXED, settings)[f"group/{side}_length"].value() == length
@@ -92,12 +97,15 @@ def test_selectors(tokenizer, side: str, selector: str, chosen: int) -> None:
 )
 def test_witnesses(tokenizer, witness: str, texts: list[str]) -> None:
     planned, _ = plan(tokenizer, GROUPS, witness=witness)
-    assert witnesses(tokenizer, planned) == texts
+    assert witnesses(tokenizer, planned.values()) == texts
 
 
 def test_without_a_witness_the_teacher_reads_the_student_s_prompt(tokenizer) -> None:
     planned, _ = plan(tokenizer, GROUPS, witness="none")
-    assert [lesson.teacher for lesson in planned] == [MIXED.rollouts[2].sequence, OTHER.rollouts[1].sequence]
+    assert [context.sequence for context in planned.values()] == [
+        MIXED.rollouts[2].sequence,
+        OTHER.rollouts[1].sequence,
+    ]
 
 
 def test_a_witness_of_another_prompt_that_is_not_there(tokenizer) -> None:
@@ -107,33 +115,40 @@ def test_a_witness_of_another_prompt_that_is_not_there(tokenizer) -> None:
     assert metrics["ssopd/dropped_no_witness"].value() == 2
 
 
-def test_targets_share_their_group_s_weight(tokenizer) -> None:
-    planned, _ = plan(tokenizer, GROUPS, targets="every_wrong")
-    assert [lesson.row for lesson in planned] == [6, 8, 10, 13, 14, 15, 16, 17]
-    assert [lesson.weight for lesson in planned] == pytest.approx([0.25 / 3] * 3 + [1 / 36] * 5)
+def test_distilled_completions_share_their_group_s_weight(tokenizer) -> None:
+    planned, _ = plan(tokenizer, GROUPS, distilled="every_wrong")
+    assert list(planned) == [(1, 0), (1, 2), (1, 4), *((2, i) for i in range(1, 6))]
+    assert [context.weight for context in planned.values()] == pytest.approx([0.25 / 3] * 3 + [1 / 36] * 5)
 
 
 def test_opsd_reads_the_reference_solution_on_every_rollout(tokenizer) -> None:
     planned, _ = plan(
-        tokenizer, GROUPS, name="opsd", witness="solution", targets="every", frontier="fixed", lambda_0=3.0, prefixes=5
+        tokenizer,
+        GROUPS,
+        name="opsd",
+        witness="solution",
+        distilled="every",
+        frontier="fixed",
+        lambda_0=3.0,
+        prefix_tokens=5,
     )
-    assert [lesson.row for lesson in planned] == list(range(18))
-    assert [lesson.weight for lesson in planned] == [0.5] * 18
-    assert [lesson.teacher.completion_length for lesson in planned[6:12]] == [4, 5, 5, 3, 5, 5]
-    assert witnesses(tokenizer, planned[:1]) == ["3*2 9"]
+    assert list(planned) == [(g, i) for g in range(3) for i in range(6)]
+    assert [context.weight for context in planned.values()] == [0.5] * 18
+    assert [planned[1, i].sequence.completion_length for i in range(6)] == [4, 5, 5, 3, 5, 5]
+    assert witnesses(tokenizer, [planned[0, 0]]) == ["3*2 9"]
 
 
 def test_every_rollout_of_a_group_without_a_witness_is_counted(tokenizer) -> None:
-    planned, metrics = plan(tokenizer, [WRONG, OTHER], targets="every", frontier="fixed")
-    assert [lesson.row for lesson in planned] == list(range(6, 12))
+    planned, metrics = plan(tokenizer, [WRONG, OTHER], distilled="every", frontier="fixed")
+    assert list(planned) == [(1, i) for i in range(6)]
     assert metrics["ssopd/dropped_no_witness"].value() == 6
 
 
 def test_a_teacher_context_that_does_not_fit_is_counted(tokenizer) -> None:
     planned, _ = plan(tokenizer, GROUPS)
-    fits = len(planned[1].teacher.tokens)
+    fits = len(planned[2, 1].sequence.tokens)
     kept, metrics = plan(tokenizer, GROUPS, max_length=fits)
-    assert kept == planned[1:]
+    assert kept == {(2, 1): planned[2, 1]}
     assert metrics["ssopd/dropped_long_teacher"].value() == 1
 
 
@@ -142,20 +157,20 @@ def test_uniform_groups_have_no_pair() -> None:
 
 
 def test_the_second_teacher_reads_the_wrong_attempt(tokenizer) -> None:
-    (lesson,), _ = plan(tokenizer, [MIXED], contrast=0.5)
-    assert lesson.away is not None
-    assert witnesses(tokenizer, [replace(lesson, teacher=lesson.away)]) == ["1*2 2"]
-    assert lesson.away.completion == lesson.teacher.completion
-    (without,), _ = plan(tokenizer, [MIXED])
-    assert without == replace(lesson, away=None)
+    (context,) = plan(tokenizer, [MIXED], contrast=0.5)[0].values()
+    assert context.contrast is not None
+    assert witnesses(tokenizer, [replace(context, sequence=context.contrast)]) == ["1*2 2"]
+    assert context.contrast.completion == context.sequence.completion
+    (without,) = plan(tokenizer, [MIXED])[0].values()
+    assert without == replace(context, contrast=None)
 
 
 def test_the_context_fits_to_the_last_token(tokenizer) -> None:
-    (lesson,), _ = plan(tokenizer, [MIXED])
-    longest = len(lesson.teacher.tokens)
+    (context,) = plan(tokenizer, [MIXED])[0].values()
+    longest = len(context.sequence.tokens)
     for length, planned in ((longest, 1), (longest - 1, 0)):
-        lessons_that_fit, metrics = plan(tokenizer, [MIXED], max_length=length)
-        assert (len(lessons_that_fit), metrics["ssopd/dropped_long_teacher"].value()) == (planned, 1 - planned)
+        contexts_that_fit, metrics = plan(tokenizer, [MIXED], max_length=length)
+        assert (len(contexts_that_fit), metrics["ssopd/dropped_long_teacher"].value()) == (planned, 1 - planned)
 
 
 SAMPLES = [

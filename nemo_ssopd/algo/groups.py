@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nemo_ssopd.algo.advantages import group_advantages, overlong_penalty
 from nemo_ssopd.algo.selection import select, split
-from nemo_ssopd.config.run import AlgorithmConfig
+from nemo_ssopd.config.algorithm import AlgorithmConfig
 from nemo_ssopd.metrics import Mean, Metrics, Sum, merge
 from nemo_ssopd.types import RolloutGroup
 

@@ -1,88 +1,103 @@
-"""From graded groups to what the teacher reads: the distilled completions, the witness of each, and their weights.
+"""The teacher: what it reads for each distilled completion, and its pass.
 
-The teacher reads a prompt and then a completion's first K tokens, and its next-token distributions are the targets of
-the student, which reads the same tokens behind its own prompt (paper eqs. 5, 8, 10 to 12).
+The teacher reads a prompt with a witness and then a completion's first K tokens. Its next-token distributions are the
+targets of the student, which reads the same tokens behind its own prompt (paper eqs. 5, 8, 10 to 12).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from nemo_ssopd.algo.groups import is_mixed, selected
 from nemo_ssopd.algo.selection import frontier_weight, is_correct, split
 from nemo_ssopd.config.algorithm import AlgorithmConfig
 from nemo_ssopd.config.run import Config
 from nemo_ssopd.data.templates import render_teacher
 from nemo_ssopd.evaluation.samples import Sample
-from nemo_ssopd.groups import is_mixed, selected
 from nemo_ssopd.metrics import Metrics, Sum
-from nemo_ssopd.types import RenderedPrompt, RolloutGroup, TokenSequence
+from nemo_ssopd.types import RenderedPrompt, RolloutGroup, TeacherContext, TokenSequence, TrainExample
+
+if TYPE_CHECKING:  # nothing else here needs Megatron-Core
+    from nemo_ssopd.megatron.policy import MegatronPolicy
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """One distilled completion: its number among the groups' rollouts, what the teacher reads, and its weight.
+def read_by_teacher(examples: Sequence[TrainExample], policy: MegatronPolicy) -> list[TrainExample]:
+    """Add the teacher's hidden states to the examples that have a teacher context."""
+    contexts = [example.teacher for example in examples if example.teacher is not None]
+    contrasts = [context.contrast for context in contexts if context.contrast is not None]
+    with policy.teacher():
+        states = policy.hidden_states([context.sequence for context in contexts] + contrasts)
+    teacher_states, contrast_states = iter(states[: len(contexts)]), iter(states[len(contexts) :])
+    return [
+        example
+        if example.teacher is None
+        else replace(
+            example,
+            teacher_states=next(teacher_states),
+            contrast_states=None if example.teacher.contrast is None else next(contrast_states),
+        )
+        for example in examples
+    ]
 
-    `away` is what a second teacher reads, whose pull is subtracted.
 
-    >>> Lesson(row=9, teacher=TokenSequence((1, 5, 9, 7, 9, 2), prompt_length=4), weight=0.1875)
-    """
-
-    row: int
-    teacher: TokenSequence
-    weight: float
-    away: TokenSequence | None = None
-
-
-def lessons(
+def teacher_contexts(
     groups: Sequence[RolloutGroup], config: Config, tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> tuple[list[Lesson], Metrics]:
-    """The distilled completions of one rank's groups.
+) -> tuple[list[list[TeacherContext | None]], Metrics]:
+    """Return one context or None for each completion of each group of one rank.
 
-    A completion without a witness, or whose teacher context is over `max_length` tokens, is left out and counted.
+    A completion without a witness, or whose context is over `max_length` tokens, is left out and counted.
     """
     algorithm = config.algorithm
-    planned: list[Lesson] = []
+    if not algorithm.distills:
+        return [[None] * len(group.rollouts) for group in groups], {}
+    contexts: list[list[TeacherContext | None]] = []
     dropped = {"long_teacher": 0, "no_witness": 0}
-    first_row = 0
     for group, witness in zip(groups, witness_texts(groups, algorithm), strict=True):
         weight = frontier_weight(group.rewards, lambda_0=algorithm.lambda_0, shape=algorithm.frontier)
-        chosen = targets(group, algorithm) if weight > 0 else []
-        wrong = _wrong_attempt(group, algorithm) if algorithm.contrast > 0 else None
-        prompt = None if witness is None else render_teacher(tokenizer, group.prompt, witness, config.data)
-        away = None if wrong is None else render_teacher(tokenizer, group.prompt, wrong, config.data)
+        chosen = distilled(group, algorithm) if weight > 0 else []
+        prompt, contrast = _teacher_prompts(group, witness, config, tokenizer)
+        of_group: list[TeacherContext | None] = [None] * len(group.rollouts)
         for index in chosen:
-            completion = group.rollouts[index].sequence
-            prefix = completion.completion[: algorithm.prefixes]
-            read = completion.prompt if algorithm.witness == "none" else prompt
-            if read is None:
+            prefix = group.rollouts[index].sequence.completion[: algorithm.prefix_tokens]
+            if prompt is None:
                 dropped["no_witness"] += 1
-            elif max(len(read), len(away or ())) + len(prefix) > max_length:
+            elif max(len(prompt), len(contrast or ())) + len(prefix) > max_length:
                 dropped["long_teacher"] += 1
             else:
-                planned.append(
-                    Lesson(
-                        row=first_row + index,
-                        teacher=TokenSequence(read + prefix, len(read)),
-                        weight=weight / len(chosen),
-                        away=None if away is None else TokenSequence(away + prefix, len(away)),
-                    )
+                of_group[index] = TeacherContext(
+                    sequence=TokenSequence(prompt + prefix, len(prompt)),
+                    weight=weight / len(chosen),
+                    contrast=None if contrast is None else TokenSequence(contrast + prefix, len(contrast)),
                 )
-        first_row += len(group.rollouts)
+        contexts.append(of_group)
     metrics: Metrics = {f"ssopd/dropped_{reason}": Sum(count) for reason, count in dropped.items()}
-    return planned, {"ssopd/pairs": Sum(0), **metrics}
+    return contexts, {"ssopd/pairs": Sum(0), **metrics}
 
 
-def targets(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[int]:
-    """Which completions of the group are distilled; with targets=every all, otherwise none of a uniform group's."""
+def _teacher_prompts(
+    group: RolloutGroup, witness: str | None, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Return the prompt tokens of the teacher and of the contrast teacher, None where there is nothing to read."""
+    algorithm = config.algorithm
+    wrong = _wrong_attempt(group, algorithm) if algorithm.contrast > 0 else None
+    contrast = None if wrong is None else render_teacher(tokenizer, group.prompt, wrong, config.data)
+    if algorithm.witness == "none":
+        return group.rollouts[0].sequence.prompt, contrast
+    return None if witness is None else render_teacher(tokenizer, group.prompt, witness, config.data), contrast
+
+
+def distilled(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[int]:
+    """Which completions of the group are distilled; with distilled=every all, otherwise none of a uniform group's."""
     correct, wrong = split(group.rewards)
-    if algorithm.targets == "every":
+    if algorithm.distilled == "every":
         return sorted(correct + wrong)
     if not is_mixed(group):
         return []
-    return wrong if algorithm.targets == "every_wrong" else [selected(group, wrong, algorithm.wrong_selector)]
+    return wrong if algorithm.distilled == "every_wrong" else [selected(group, wrong, algorithm.wrong_selector)]
 
 
 def witness_texts(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> list[str | None]:
