@@ -196,7 +196,7 @@ def visible_table(rows: list[dict[str, Any]]) -> str:
 
 def runs_table(folder: Path) -> str:
     """Means over the seeds that are finished, and the range of Avg@12."""
-    from nemo_ssopd.config.run import ParallelConfig  # noqa: PLC0415 -- Megatron takes its time
+    from nemo_ssopd.config.sections import ParallelConfig  # noqa: PLC0415 -- Megatron takes its time
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -277,7 +277,7 @@ def merged_share(checkpoint: Path, runtime: Any) -> float:
     from safetensors.torch import load_file  # noqa: PLC0415
 
     from nemo_ssopd.checkpoint.saved_model import open_checkpoint, stream_adapters  # noqa: PLC0415
-    from nemo_ssopd.config.run import ParallelConfig  # noqa: PLC0415
+    from nemo_ssopd.config.sections import ParallelConfig  # noqa: PLC0415
     from nemo_ssopd.megatron.model import DTYPES  # noqa: PLC0415
 
     saved = open_checkpoint(checkpoint, runtime, base=MODEL)

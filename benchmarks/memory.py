@@ -58,7 +58,7 @@ HEADER = ("\n| run | stage | predicted | measured | measured / predicted |", "|-
 def measured_rows(run: list[str]) -> str:
     """Table lines of one run, measured in processes of its own."""
     sys.path.insert(0, str(ROOT))
-    from nemo_ssopd.config.run import as_dataclasses, compose_run  # noqa: PLC0415 -- the parent needs nothing heavier
+    from nemo_ssopd.config.compose import as_dataclasses, compose_run  # noqa: PLC0415 -- the parent needs nothing heavier
 
     name, *overrides = run
     processes = as_dataclasses(compose_run(name, overrides)).parallel.world_size
@@ -81,7 +81,8 @@ def worker(name: str, overrides: list[str]) -> None:
     """One rank. Rank 0 prints {stage: [predicted bytes, measured bytes]}."""
     from nemo_ssopd.algo.grpo import RatioClip  # noqa: PLC0415
     from nemo_ssopd.algo.losses import Distillation, grpo_loss  # noqa: PLC0415
-    from nemo_ssopd.config.run import as_dataclasses, compose_run, context_length, engine_tensor  # noqa: PLC0415
+    from nemo_ssopd.config.compose import as_dataclasses, compose_run  # noqa: PLC0415
+    from nemo_ssopd.config.run import context_length, engine_tensor  # noqa: PLC0415
     from nemo_ssopd.megatron.policy import MegatronPolicy  # noqa: PLC0415
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
     from nemo_ssopd.models.hf_config import read_hf_config  # noqa: PLC0415
@@ -105,12 +106,9 @@ def worker(name: str, overrides: list[str]) -> None:
     before = resident()
     engine = RolloutEngine(
         config.model.path,
-        tensor=engine_tensor(config),
+        replace(config.engine, tensor=engine_tensor(config)),
         dtype=config.model.dtype,
         max_model_len=length,
-        max_sequences=config.rollout.max_sequences,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        cpu_cache_gib=config.rollout.cpu_cache_gib,
         seed=1,
     )
     engine.load_weights(actor.weights(), policy_version=1)

@@ -16,10 +16,12 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_ssopd.config.run import compose_run, context_length, from_hydra
+from nemo_ssopd.config.compose import compose_run
+from nemo_ssopd.config.run import context_length, from_hydra
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -73,12 +75,9 @@ def worker(model: str, dtype: str, mode: str) -> dict[str, float]:
     actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     engine = RolloutEngine(
         model,
-        tensor=1,
+        replace(config.engine, tensor=1, max_sequences=PROMPTS),
         dtype=dtype,
         max_model_len=context_length(config),
-        max_sequences=PROMPTS,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        cpu_cache_gib=config.rollout.cpu_cache_gib,
         seed=1,
         lora_rank=config.lora.rank if mode == "adapter" else 0,
     )

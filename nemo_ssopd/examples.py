@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from nemo_ssopd.algo.groups import advantages
-from nemo_ssopd.config.run import Config, DataConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import DataConfig
 from nemo_ssopd.data.demo import CorpusExample
 from nemo_ssopd.data.templates import render_sft
 from nemo_ssopd.metrics import Metrics

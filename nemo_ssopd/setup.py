@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,9 @@ def build_collector(config: Config, data: RunData, runtime: Runtime, policy: Meg
         )
     engine = RolloutEngine(
         config.model.path,
-        tensor=engine_tensor(config),
+        replace(config.engine, tensor=engine_tensor(config)),
         dtype=config.model.dtype,
         max_model_len=longest_request(config),
-        max_sequences=rollout.max_sequences,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        cpu_cache_gib=rollout.cpu_cache_gib,
         seed=config.trainer.seed,
         trust_remote_code=config.model.trust_remote_code,
         lora_rank=config.lora.rank if rollout.refit == "adapter" else 0,
@@ -145,7 +142,7 @@ def fixed_cache(config: Config, runtime: Runtime, base_bytes: int) -> int:
         return 0
     _, total = torch.cuda.mem_get_info()
     weights = base_bytes * config.parallel.tensor / engine_tensor(config)
-    return int((config.rollout.gpu_memory_utilization * total - weights) * CACHE_SHARE)
+    return int((config.engine.gpu_memory_utilization * total - weights) * CACHE_SHARE)
 
 
 def longest_request(config: Config) -> int:

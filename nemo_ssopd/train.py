@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from nemo_ssopd.algo.groups import group_metrics, is_mixed, kept_groups
 from nemo_ssopd.checkpoint.checkpoint import CheckpointError, CheckpointSaver, LoopState
-from nemo_ssopd.config.run import Config, EvaluationConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import EvaluationConfig
 from nemo_ssopd.convert.exporting import export_hf
 from nemo_ssopd.data.loading import load_data
 from nemo_ssopd.evaluation.samples import Sample, eval_metrics, evaluate, summary_of, write_samples

@@ -33,8 +33,8 @@ STRONG_PROMPTS = 1024
 IN_TABLES = (8, 64, 256, 1024)
 WHAT_IF = {  # for the last config, on 64 GPUs
     "as shipped": [],
-    "engines of one GPU, twice as many": ["rollout.tensor=1"],
-    "more cache for the engine": ["rollout.gpu_memory_utilization=0.75"],
+    "engines of one GPU, twice as many": ["engine.tensor=1"],
+    "more cache for the engine": ["engine.gpu_memory_utilization=0.75"],
     "completions cut at 8000 tokens": ["rollout.max_new_tokens=8000"],
     "no recomputation": ["model.recompute=false", "trainer.token_budget=18048"],
     "four times the prompts": ["trainer.prompts_per_step=128"],

@@ -26,7 +26,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_ssopd.config.run import Config, compose_run, from_hydra
+from nemo_ssopd.config.compose import compose_run
+from nemo_ssopd.config.run import Config, from_hydra
 
 Axes = dict[str, dict[str, list[str]]]
 

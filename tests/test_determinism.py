@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_ssopd.config.run import ModelConfig, ParallelConfig
+from nemo_ssopd.config.sections import EngineConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.model import build_model
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import DETERMINISTIC, initialize
@@ -90,12 +90,9 @@ def test_the_engine_on_a_gpu_gets_a_cache_of_a_fixed_size(
     monkeypatch.setattr(engine, "LLM", lambda **options: asked.update(options))
     engine.RolloutEngine(
         DEMO,
-        tensor=1,
+        EngineConfig(tensor=1, max_sequences=4),
         dtype="float32",
         max_model_len=64,
-        max_sequences=4,
-        gpu_memory_utilization=0.45,
-        cpu_cache_gib=1.0,
         seed=1,
         gpu_cache_bytes=gpu_cache_bytes,
     )
@@ -104,7 +101,7 @@ def test_the_engine_on_a_gpu_gets_a_cache_of_a_fixed_size(
 
 
 def test_the_cache_follows_the_config_and_the_card_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, _ = load("qwen3_1p7b_tp1", ["rollout.gpu_memory_utilization=0.5"])
+    config, _ = load("qwen3_1p7b_tp1", ["engine.gpu_memory_utilization=0.5"])
     runtime: Any = SimpleNamespace(deterministic=True, device=torch.device("cuda"))
     sizes = []
     for free_gib in (70, 20):

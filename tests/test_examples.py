@@ -10,7 +10,8 @@ import pytest
 
 from nemo_ssopd.algo.losses import Distillation
 from nemo_ssopd.config.algorithm import AlgorithmConfig
-from nemo_ssopd.config.run import Config, DataConfig, ParallelConfig, RolloutConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import DataConfig, ParallelConfig, RolloutConfig
 from nemo_ssopd.data.demo import CorpusExample
 from nemo_ssopd.data.templates import load_tokenizer
 from nemo_ssopd.examples import rollout_examples, sft_examples

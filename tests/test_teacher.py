@@ -9,7 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from nemo_ssopd.algo.groups import pair_metrics
-from nemo_ssopd.config.run import AlgorithmConfig, Config, DataConfig
+from nemo_ssopd.config.algorithm import AlgorithmConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import DataConfig
 from nemo_ssopd.data.templates import load_tokenizer, render_student
 from nemo_ssopd.evaluation.samples import Sample
 from nemo_ssopd.metrics import Metrics

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from nemo_ssopd.config.run import Config, as_dataclasses, check_numbers, compose_run, context_length, engine_tensor
+from nemo_ssopd.config.compose import as_dataclasses, compose_run
+from nemo_ssopd.config.run import Config, check_numbers, context_length, engine_tensor
 from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
 
 SHAPES = Path(__file__).parents[1] / "assets" / "model_shapes"
@@ -321,12 +322,12 @@ def _engine(config: Config, hf: HFModelConfig, machine: Machine) -> Rows:
     tensor, width = engine_tensor(config), DTYPE_BYTES[config.model.dtype]
     weights: float = parameters(hf, tensor) * width
     if not machine.on_cuda:
-        return {"engine weights": 2 * weights, "KV cache": config.rollout.cpu_cache_gib * GIB}
+        return {"engine weights": 2 * weights, "KV cache": config.engine.cpu_cache_gib * GIB}
     w = Widths(hf, tensor)
     # The widest layer of a full step, and the sampler's float32 logits: as they are, and as log-probabilities.
     workspace = machine.engine_batch_tokens * (2 * hf.hidden_size + 3 * w.F) * width
-    workspace += 2 * config.rollout.max_sequences * hf.vocab_size * 4
-    cache = config.rollout.gpu_memory_utilization * machine.memory_gib * GIB - weights - workspace
+    workspace += 2 * config.engine.max_sequences * hf.vocab_size * 4
+    cache = config.engine.gpu_memory_utilization * machine.memory_gib * GIB - weights - workspace
     return {"engine weights": weights, "engine workspace": workspace, "KV cache": cache}
 
 
@@ -395,11 +396,11 @@ def refusal(config: Config, hf: HFModelConfig, machine: Machine) -> str | None:
 
 def _remedies(config: Config) -> Iterator[list[Overrides]]:
     """Kinds of change, the cheapest in speed first; of each kind, the smallest change first."""
-    share = round(config.rollout.gpu_memory_utilization * 20)
+    share = round(config.engine.gpu_memory_utilization * 20)
     yield [{"optimizer.distributed": "true"}]
     yield [{"parallel.sequence": "true"}]
-    yield [{"rollout.gpu_memory_utilization": twentieths / 20} for twentieths in range(share - 1, 0, -1)]
-    yield [{"rollout.gpu_memory_utilization": twentieths / 20} for twentieths in range(share + 1, 20)]
+    yield [{"engine.gpu_memory_utilization": twentieths / 20} for twentieths in range(share - 1, 0, -1)]
+    yield [{"engine.gpu_memory_utilization": twentieths / 20} for twentieths in range(share + 1, 20)]
     if config.trainer.token_budget > context_length(config):
         yield [{"trainer.token_budget": context_length(config)}]
     yield [{"model.recompute": "true"}]

@@ -120,7 +120,7 @@ def decoding(config: Config, hf: HFModelConfig, rates: Rates, hardware: Hardware
         fixed=fixed if rates.decode_fixed_s is None else rates.decode_fixed_s,
         per_request=per_request,
         per_context_token=memory.kv_bytes_per_token / bandwidth,
-        slots=max(1, min(config.rollout.max_sequences, int(memory.kv_tokens / held))),
+        slots=max(1, min(config.engine.max_sequences, int(memory.kv_tokens / held))),
         prompt_tokens=rates.prompt_tokens,
     )
 

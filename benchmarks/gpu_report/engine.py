@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(results: Results, mode: str) -> None:
     else:
         path = "assets/demo_model"
     lengths = [f"rollout.max_prompt_tokens={prompt_tokens}", f"rollout.max_new_tokens={new_tokens}"]
-    sizes = [f"rollout.max_sequences={prompts}", f"rollout.gpu_memory_utilization={UTILIZATION}", *lengths]
+    sizes = [f"engine.max_sequences={prompts}", f"engine.gpu_memory_utilization={UTILIZATION}", *lengths]
     config = setup.one_process(
         "tiny_cpu",
         [
@@ -78,12 +79,9 @@ def run(results: Results, mode: str) -> None:
 def _engine(config: Any) -> RolloutEngine:
     return RolloutEngine(
         config.model.path,
-        tensor=1,
+        replace(config.engine, tensor=1),
         dtype=config.model.dtype,
         max_model_len=context_length(config),
-        max_sequences=config.rollout.max_sequences,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        cpu_cache_gib=config.rollout.cpu_cache_gib,
         seed=1,
         lora_rank=config.lora.rank if config.rollout.refit == "adapter" else 0,
     )

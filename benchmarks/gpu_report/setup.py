@@ -14,7 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nemo_ssopd.algo.grpo import RatioClip
 from nemo_ssopd.algo.losses import Distillation, grpo_loss
-from nemo_ssopd.config.run import Config, as_dataclasses, compose_run
+from nemo_ssopd.config.compose import as_dataclasses, compose_run
+from nemo_ssopd.config.run import Config
 from nemo_ssopd.types import TokenSequence
 
 ROOT = Path(__file__).parents[2]

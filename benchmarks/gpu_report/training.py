@@ -35,8 +35,8 @@ def run(results: Results, refit: str, part: str) -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     run_dir, steps = results.folder / "run", STEPS[results.device][part]
     command = [sys.executable, "scripts/train_ssopd.py", "--config-name", "tiny_cpu", f"run_dir={run_dir}"]
-    command += ["parallel.world_size=1", "parallel.tensor=1", "rollout.tensor=1", "model.dtype=bfloat16"]
-    command += [f"rollout.refit={refit}", "rollout.gpu_memory_utilization=0.2", f"trainer.max_steps={steps}"]
+    command += ["parallel.world_size=1", "parallel.tensor=1", "engine.tensor=1", "model.dtype=bfloat16"]
+    command += [f"rollout.refit={refit}", "engine.gpu_memory_utilization=0.2", f"trainer.max_steps={steps}"]
     command += ["trainer.eval_at_ends=false", "trainer.eval_every=0", "trainer.export=false"]
     command += [f"trainer.resume={str(part == 'second').lower()}"]
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}

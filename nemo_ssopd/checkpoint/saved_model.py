@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_ssopd.checkpoint.checkpoint import STATE, read_about, saved_config, trained_weights
 from nemo_ssopd.checkpoint.storage import CheckpointError, damage, fill_tensors, read_common, read_index
-from nemo_ssopd.config.run import LoraConfig, ModelConfig, ParallelConfig
+from nemo_ssopd.config.sections import Dtype, LoraConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.lora import add_lora
 from nemo_ssopd.megatron.model import DTYPES, build_model
 from nemo_ssopd.megatron.runtime import Runtime
@@ -151,7 +151,7 @@ def _on_disk(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime) -> 
 
 
 def _build(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime, dtype: str) -> GPTModel:
-    model = build_model(saved.hf, ModelConfig(path=str(saved.hf_folder), dtype=dtype), parallel, runtime)
+    model = build_model(saved.hf, ModelConfig(path=str(saved.hf_folder), dtype=Dtype(dtype)), parallel, runtime)
     if saved.lora is not None:
         add_lora(model, saved.lora, seed=0, runtime=runtime)  # what they are drawn as is overwritten
     return model

@@ -13,17 +13,17 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from nemo_ssopd.config.run import (
-    DTYPES,
+from nemo_ssopd.config.checks import check_ranges, checked, require
+from nemo_ssopd.config.compose import as_dataclasses, open_schema
+from nemo_ssopd.config.run import check_tensor
+from nemo_ssopd.config.sections import (
     DataConfig,
+    Dtype,
+    EngineConfig,
     EvaluationConfig,
     ParallelConfig,
+    RewardConfig,
     VerifierConfig,
-    as_dataclasses,
-    check_ranges,
-    check_tensor,
-    open_schema,
-    require,
 )
 from nemo_ssopd.evaluation.models import ModelSource, find_model
 from nemo_ssopd.models.hf_config import read_hf_config
@@ -46,21 +46,6 @@ class SetConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """vLLM, without a trainer beside it."""
-
-    dtype: str = "bfloat16"
-    max_prompt_tokens: int = 2048
-    """A longer prompt is an error: leaving problems out would change the figure."""
-    gpu_memory_utilization: float = 0.9
-    cpu_cache_gib: float = 1.0
-    """Size of each engine's KV cache without a GPU."""
-    max_sequences: int = 256
-    """Requests that one engine runs at once."""
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
 class EvalConfig:
     """One call: every model on every set."""
 
@@ -77,7 +62,12 @@ class EvalConfig:
     """Continue what run_dir holds; finished sets are left as they are."""
     base: str | None = None
     """The base model of an adapter or a LoRA checkpoint, where it is not at the path that was written down."""
-    batch: int = 0
+    dtype: Dtype = Dtype.bfloat16
+    trust_remote_code: bool = False
+    """Whether transformers may run code found with the model."""
+    max_prompt_tokens: int = checked(2048, at_least=1)
+    """A longer prompt is an error: leaving problems out would change the result."""
+    batch: int = checked(0, at_least=0)
     """Problems between two writes, over all engines: what a killed evaluation loses. 0 takes as many as fill them."""
     sets: dict[str, SetConfig] = field(default_factory=dict)
     problem_field: str | None = None
@@ -89,7 +79,8 @@ class EvalConfig:
     """Passed to the chat template."""
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(world_size=0))
     """world_size 0 takes one process per visible GPU, or one CPU process."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(gpu_memory_utilization=0.9))
+    reward: RewardConfig = field(default_factory=RewardConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -148,14 +139,8 @@ def _usual_world_size() -> int:
 
 def validate(config: EvalConfig) -> None:
     """Every check that needs nothing but the config, the models' config.json and the names of the sets' files."""
-    check_ranges(
-        config,
-        choices={"engine.dtype": DTYPES},
-        at_least_one="evaluation.samples evaluation.max_new_tokens engine.max_prompt_tokens engine.max_sequences "
-        "parallel.tensor parallel.threads verifier.workers",
-        positive="verifier.timeout_s verifier.memory_gb engine.cpu_cache_gib engine.gpu_memory_utilization",
-        not_negative="evaluation.temperature parallel.world_size batch",
-    )
+    check_ranges(config)
+    config.reward.check()
     require("{problem}" in config.student_template, "student_template lacks {problem}: say where it goes")
     require(bool(config.models), "model is empty: name at least one")
     require(bool(config.chosen_sets), f"data is empty: name a file, or some of {', '.join(config.sets)}")
@@ -169,10 +154,11 @@ def validate(config: EvalConfig) -> None:
 def _check_fits(config: EvalConfig, source: ModelSource) -> None:
     hf = read_hf_config(source.architecture)
     check_tensor(config.parallel, hf, source.path)
-    prompt, new = config.engine.max_prompt_tokens, config.evaluation.max_new_tokens
+    config.engine.tensor_in(config.parallel)
+    prompt, new = config.max_prompt_tokens, config.evaluation.max_new_tokens
     require(
         prompt + new <= hf.max_position_embeddings,
-        f"engine.max_prompt_tokens + evaluation.max_new_tokens = {prompt} + {new} is over the "
+        f"max_prompt_tokens + evaluation.max_new_tokens = {prompt} + {new} is over the "
         f"{hf.max_position_embeddings} tokens of {source.path}: lower one of them",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 RENAMED = {
@@ -13,12 +13,15 @@ RENAMED = {
     "algorithm.clip_ratio_high": "algorithm.ratio_clip_high",
     "algorithm.dual_clip": "algorithm.ratio_clip_dual",
     "optimizer.clip_grad": "optimizer.grad_clip",
+    **{f"rollout.{n}": f"engine.{n}" for n in ("tensor", "gpu_memory_utilization", "cpu_cache_gib", "max_sequences")},
+    # Of an evaluation.
+    **{f"engine.{name}": name for name in ("dtype", "max_prompt_tokens", "trust_remote_code")},
 }
 REMOVED = {"algorithm.clip_unit": "summand", "algorithm.position_decay": 1.0}
 """Settings that are gone, with the one value that is still what happens."""
 
 
-def with_present_names(overrides: list[str]) -> list[str]:
+def with_present_names(overrides: Sequence[str]) -> list[str]:
     """Rename the keys of KEY=VALUE overrides; other arguments stay as they are.
 
     >>> with_present_names(["--config-name", "tiny_cpu", "algorithm.clip=0.1"])
@@ -28,16 +31,18 @@ def with_present_names(overrides: list[str]) -> list[str]:
     return [f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in pairs]
 
 
-def read_old_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+def read_old_sections(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a saved config, as nested dictionaries; ValueError where a setting that is gone was used."""
     sections: dict[str, Any] = {}
-    for section, fields in values.items():
-        if not isinstance(fields, Mapping):
-            sections[section] = fields
+    for section, values in saved.items():
+        if not isinstance(values, Mapping):
+            sections[section] = values
             continue
-        named = {f"{section}.{key}": value for key, value in fields.items()}
-        if used := [f"{name}={named[name]}" for name, usual in REMOVED.items() if named.get(name, usual) != usual]:
-            raise ValueError(f"the saved config has {', '.join(used)}, which no longer exists: use an older version")
-        present = {RENAMED.get(name, name): value for name, value in named.items() if name not in REMOVED}
-        sections[section] = {name.partition(".")[2]: value for name, value in present.items()}
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if name not in REMOVED:
+                present_section, _, present_key = RENAMED.get(name, name).partition(".")
+                sections.setdefault(present_section, {})[present_key] = value
+            elif value != REMOVED[name]:
+                raise ValueError(f"the saved config has {name}={value}, which no longer exists: use an older version")
     return sections

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from nemo_ssopd.config.run import ModelConfig
+from nemo_ssopd.config.sections import ModelConfig
 from nemo_ssopd.models.hf_config import HFModelConfig
 
 PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"

@@ -13,7 +13,7 @@ import torch
 from nemo_ssopd.checkpoint.checkpoint import saved_config, saved_step
 from nemo_ssopd.checkpoint.saved_model import SavedPolicy, open_checkpoint, stream_adapters, stream_policy
 from nemo_ssopd.checkpoint.storage import CheckpointError
-from nemo_ssopd.config.run import ParallelConfig
+from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.convert.exporting import export_adapter, export_hf
 from nemo_ssopd.convert.importing import import_hf
 from nemo_ssopd.convert.verify import compare_with_export

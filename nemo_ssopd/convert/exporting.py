@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nemo_ssopd.config.run import LoraConfig
+from nemo_ssopd.config.sections import LoraConfig
 from nemo_ssopd.megatron.runtime import Runtime
 
 SHARD_BYTES = 4 * 2**30

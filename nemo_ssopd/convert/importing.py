@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from nemo_ssopd.checkpoint.checkpoint import CONTENT, LoopState, trained_weights, write_texts
 from nemo_ssopd.checkpoint.storage import CheckpointError, take_snapshot, write_checkpoint
-from nemo_ssopd.config.run import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig, check_tensor
+from nemo_ssopd.config.run import Config, check_tensor
+from nemo_ssopd.config.sections import DataConfig, Dtype, LoraConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.convert.bridge import extra_states
 from nemo_ssopd.megatron.model import DTYPES, build_model
 from nemo_ssopd.megatron.runtime import Runtime
@@ -38,7 +39,7 @@ def import_hf(path: str, output: Path, parallel: ParallelConfig, runtime: Runtim
     check_tensor(parallel, hf, path)
     config = Config(
         run_dir=str(output),
-        model=ModelConfig(path=path, dtype=dtype or stored_dtype(path)),
+        model=ModelConfig(path=path, dtype=Dtype(dtype or stored_dtype(path))),
         lora=LoraConfig(enabled=False),
         parallel=parallel,
         data=DataConfig(train="none: imported from Hugging Face"),

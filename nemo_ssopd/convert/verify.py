@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_ssopd.checkpoint.saved_model import SavedPolicy, load_policy, round_weights
-from nemo_ssopd.config.run import ParallelConfig
+from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.megatron.lora import merge_adapters
 from nemo_ssopd.megatron.model import hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime

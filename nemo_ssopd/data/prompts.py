@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 
-from nemo_ssopd.config.run import DataConfig
+from nemo_ssopd.config.sections import DataConfig
 from nemo_ssopd.data.demo import load_demo
 from nemo_ssopd.types import Prompt
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nemo_ssopd.config.run import DataConfig
+from nemo_ssopd.config.sections import DataConfig
 from nemo_ssopd.data.demo import CorpusExample, Span
 from nemo_ssopd.types import Prompt
 

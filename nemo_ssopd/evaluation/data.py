@@ -29,7 +29,7 @@ class EvalData:
 
 def load_sets(config: EvalConfig, tokenizer_folder: str | Path) -> EvalData:
     """ValueError, with file, row, field and remedy, for anything that cannot be used."""
-    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.engine.trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.trust_remote_code)
     return EvalData(
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(tokenizer, tokenizer_folder),
@@ -41,7 +41,7 @@ def _rendered(
     name: str, chosen: SetConfig, config: EvalConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[RenderedPrompt, ...]:
     """Every problem of a set. One that is too long is an error: without it, the figure would be another set's."""
-    data, limit = config.data_config(chosen), config.engine.max_prompt_tokens
+    data, limit = config.data_config(chosen), config.max_prompt_tokens
     try:
         prompts = load_prompts(chosen.source, data)
     except ValueError as error:
@@ -52,7 +52,7 @@ def _rendered(
     if too_long:
         raise ValueError(
             f"data: {len(too_long)} prompts of {name}, {too_long[0]!r} among them, are over "
-            f"engine.max_prompt_tokens={limit}: raise it"
+            f"max_prompt_tokens={limit}: raise it"
         )
     return rendered
 

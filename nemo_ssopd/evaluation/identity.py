@@ -25,7 +25,7 @@ def identities(config: EvalConfig, source: ModelSource, data: EvalData) -> dict[
         "path": source.path,
         "kind": source.kind,
         "fingerprint": fingerprint(source),
-        "dtype": config.engine.dtype,
+        "dtype": config.dtype,
     }
     evaluation = {**asdict(config.evaluation), "stop_token_ids": list(data.stop_token_ids)}
     return {

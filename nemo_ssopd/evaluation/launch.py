@@ -15,8 +15,9 @@ from pathlib import Path
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
+from nemo_ssopd.config.compose import CONF
 from nemo_ssopd.config.evaluation import EvalConfig, from_hydra
-from nemo_ssopd.config.run import CONF
+from nemo_ssopd.config.renamed import with_present_names
 from nemo_ssopd.evaluation.data import EvalData, load_sets
 from nemo_ssopd.evaluation.models import ModelSource, find_model
 from nemo_ssopd.evaluation.results import check_folder, check_identity, has_begun, set_folder
@@ -27,7 +28,8 @@ from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher
 def main() -> None:
     """Console entry `nemo-ssopd-evaluate`. Batches are on disk as they come, so a stop signal may end it at once."""
     die_of_stop_requests()
-    sys.argv = ["resume=true" if argument == "--resume" else argument for argument in sys.argv]
+    arguments = ["resume=true" if argument == "--resume" else argument for argument in sys.argv[1:]]
+    sys.argv[1:] = with_present_names(arguments)
     run_main()
 
 

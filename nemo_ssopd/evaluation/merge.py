@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nemo_ssopd.checkpoint.saved_model import open_checkpoint, stream_policy
-from nemo_ssopd.config.run import ParallelConfig
+from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.convert.exporting import copy_companions, export_hf
 from nemo_ssopd.evaluation.models import ModelSource
 from nemo_ssopd.megatron.model import DTYPES

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ssopd.config.evaluation import EvalConfig
-from nemo_ssopd.config.run import EvaluationConfig
+from nemo_ssopd.config.sections import EvaluationConfig
 from nemo_ssopd.evaluation.samples import Sample, read_samples, summary_of, to_lines
 from nemo_ssopd.evaluation.statistics import average
 from nemo_ssopd.types import RenderedPrompt

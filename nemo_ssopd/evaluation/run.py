@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def from_main(runtime: Runtime, value: Any) -> Any:
 
 def build_collector(config: EvalConfig, folder: str, data: EvalData, runtime: Runtime) -> RolloutCollector:
     """One engine per tensor-parallel group, and on its first rank the verifier."""
-    engine, verifier = config.engine, None
+    tensor, verifier = config.engine.tensor_in(config.parallel), None
     if runtime.tp_rank == 0:
         verifier = MathVerifier(
             workers=config.verifier.workers, timeout_s=config.verifier.timeout_s, memory_gb=config.verifier.memory_gb
@@ -83,19 +84,16 @@ def build_collector(config: EvalConfig, folder: str, data: EvalData, runtime: Ru
     return RolloutCollector(
         RolloutEngine(
             folder,
-            tensor=config.parallel.tensor,
-            dtype=engine.dtype,
-            max_model_len=engine.max_prompt_tokens + config.evaluation.max_new_tokens,
-            max_sequences=engine.max_sequences,
-            gpu_memory_utilization=engine.gpu_memory_utilization,
-            cpu_cache_gib=engine.cpu_cache_gib,
+            replace(config.engine, tensor=tensor),
+            dtype=config.dtype,
+            max_model_len=config.max_prompt_tokens + config.evaluation.max_new_tokens,
             seed=config.evaluation.seed,
-            trust_remote_code=engine.trust_remote_code,
+            trust_remote_code=config.trust_remote_code,
         ),
         verifier,
         data.tokenizer,
         stop_token_ids=data.stop_token_ids,
-        engine_tensor=config.parallel.tensor,
+        engine_tensor=tensor,
         group=runtime.tp_cpu_group,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_ssopd.config.run import EvaluationConfig
+from nemo_ssopd.config.sections import EvaluationConfig
 from nemo_ssopd.evaluation.statistics import Estimate, summarise
 from nemo_ssopd.metrics import Max, Metrics
 from nemo_ssopd.rollout.collector import RolloutCollector, Sampling, request_seed

@@ -32,7 +32,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
-from nemo_ssopd.config.run import LoraConfig
+from nemo_ssopd.config.sections import LoraConfig
 from nemo_ssopd.megatron.runtime import Runtime
 
 

@@ -40,7 +40,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from nemo_ssopd.config.run import ModelConfig, ParallelConfig
+from nemo_ssopd.config.sections import ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.models.hf_config import HFModelConfig
 
@@ -222,7 +222,7 @@ def _transformer_config(
         masked_softmax_fusion=on_cuda,
         gradient_accumulation_fusion=on_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         tensor_model_parallel_size=parallel.tensor,
-        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        sequence_parallel=parallel.sequence_shards > 1,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,

@@ -29,7 +29,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_ssopd.algo.losses import AuxLoss, TokenInputs, TokenLoss
-from nemo_ssopd.config.run import Config, OptimizerConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import OptimizerConfig
 from nemo_ssopd.data.packing import micro_batches, pack, send, unpack
 from nemo_ssopd.megatron.lora import adapters_disabled, adapters_enabled, add_lora
 from nemo_ssopd.megatron.model import DTYPES, build_model, hidden_states, output_weight
@@ -83,7 +84,7 @@ class MegatronPolicy:
         self._normalization = config.algorithm.normalization
         self._max_new_tokens = config.rollout.max_new_tokens
         self._pad_id = pad_id
-        self._multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self._multiple = config.parallel.sequence_shards
         self._token_budget = config.trainer.token_budget // self._multiple * self._multiple
         self.model = build_model(hf, config.model, config.parallel, runtime)
         load_hf_weights(self.model, hf, config.model.path, runtime)

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nemo_ssopd.config.run import Config, LoraConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import LoraConfig
 from nemo_ssopd.megatron.lora import adapters_enabled
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.weights import peft_weights

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nemo_ssopd.config.sections import EngineConfig
 from nemo_ssopd.rollout.held import differing_adapters, differing_weights
 from nemo_ssopd.types import Completion, SentTensor
 
@@ -51,38 +52,38 @@ class RolloutEngine:
     def __init__(
         self,
         model_path: str,
+        engine: EngineConfig,
         *,
-        tensor: int,
         dtype: str,
         max_model_len: int,
-        max_sequences: int,
-        gpu_memory_utilization: float,
-        cpu_cache_gib: float,
         seed: int,
         trust_remote_code: bool = False,
         lora_rank: int = 0,
         gpu_cache_bytes: int = 0,
     ) -> None:
-        """With `lora_rank`, the weights stay as `model_path` has them, and `load_adapter` brings what is added.
+        """Build the engine of `engine.tensor` ranks; `max_model_len` is in tokens.
 
-        With `gpu_cache_bytes`, batches depend on the requests alone: the cache does not follow the memory that is free,
+        With `lora_rank`, the weights stay as `model_path` has them, and `load_adapter` brings what is added. With
+        `gpu_cache_bytes`, batches depend on the requests alone: the cache does not follow the memory that is free,
         nor what is batched the clock.
         """
+        tensor = engine.tensor
+        assert tensor >= 1, "resolve engine.tensor=0 first"
         if lora_rank and tensor > 1 and Version(vllm.__version__) < ADDS_ADAPTERS_RIGHT:
             raise ValueError(
                 f"rollout.refit=adapter with engines of tensor-parallel size {tensor}: vLLM {vllm.__version__} adds "
-                f"adapters wrongly there. Use rollout.refit=merged, or rollout.tensor=1, or vLLM {ADDS_ADAPTERS_RIGHT}"
+                f"adapters wrongly there. Use rollout.refit=merged, or engine.tensor=1, or vLLM {ADDS_ADAPTERS_RIGHT}"
             )
         on_gpu = torch.cuda.is_available()
         memory: dict[str, Any] = (
             {
-                "gpu_memory_utilization": gpu_memory_utilization,
+                "gpu_memory_utilization": engine.gpu_memory_utilization,
                 "enable_sleep_mode": True,
                 "kv_cache_memory_bytes": gpu_cache_bytes or None,
             }
             if on_gpu
             else {
-                "kv_cache_memory_bytes": int(cpu_cache_gib * 2**30),
+                "kv_cache_memory_bytes": int(engine.cpu_cache_gib * 2**30),
                 "enforce_eager": True,
                 # A prompt cut into chunks makes vLLM rewind the request's random generator, which on CPU it cannot.
                 "enable_chunked_prefill": False,
@@ -97,7 +98,7 @@ class RolloutEngine:
                 distributed_executor_backend="external_launcher",
                 dtype=dtype,
                 max_model_len=max_model_len,
-                max_num_seqs=max_sequences,
+                max_num_seqs=engine.max_sequences,
                 logprobs_mode="processed_logprobs",  # at the sampling temperature, as the trainer computes them
                 generation_config="vllm",  # sampling parameters come from our config, not from the model's folder
                 seed=seed,

@@ -23,8 +23,9 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 from nemo.core.config import hydra_runner  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from nemo_ssopd.config.compose import CONF  # noqa: E402
 from nemo_ssopd.config.renamed import with_present_names  # noqa: E402
-from nemo_ssopd.config.run import CONF, Config, from_hydra  # noqa: E402
+from nemo_ssopd.config.run import Config, from_hydra  # noqa: E402
 from nemo_ssopd.data.loading import load_data  # noqa: E402
 from nemo_ssopd.run.watchdog import last_seen  # noqa: E402
 from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher  # noqa: E402

@@ -12,13 +12,11 @@ import os
 import sys
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from nemo_ssopd.config import evaluation
 from nemo_ssopd.config import run as training
-from nemo_ssopd.config.renamed import with_present_names
-from nemo_ssopd.config.run import CONF
+from nemo_ssopd.config.compose import CONF, compose_in
 
 
 def main(kind: str, nodes: int, name: str, *overrides: str) -> None:
@@ -31,8 +29,7 @@ def main(kind: str, nodes: int, name: str, *overrides: str) -> None:
 
 def steps(kind: str, nodes: int, name: str, *overrides: str) -> list[str]:
     """One line for each srun. ValueError when the config, or its fit to the nodes, is not right."""
-    with initialize_config_dir(str(CONF if kind == "train" else CONF / "eval"), version_base=None):
-        composed = compose(name, with_present_names(list(overrides)))
+    composed = compose_in(CONF if kind == "train" else CONF / "eval", name, overrides)
     if kind == "train":
         parallel = training.from_hydra(composed).parallel
         return [str(spread(parallel.world_size, nodes))]

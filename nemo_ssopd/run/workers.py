@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from nemo_ssopd.config.run import ParallelConfig
+from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.run.signals import EXIT_STOPPED, STOP_SIGNALS, received
 
 GRACE_S = {"failed": 5.0, "stopped": 60.0}

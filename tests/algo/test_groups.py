@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_ssopd.algo.groups import advantages, group_metrics, kept_groups
-from nemo_ssopd.config.run import AlgorithmConfig
+from nemo_ssopd.config.algorithm import AlgorithmConfig
 from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, TokenSequence
 
 LIMIT = 10

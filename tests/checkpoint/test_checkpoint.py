@@ -30,9 +30,9 @@ from nemo_ssopd.checkpoint.checkpoint import CheckpointSaver, LoopState, load_ch
 from nemo_ssopd.checkpoint.fingerprint import base_fingerprint
 from nemo_ssopd.checkpoint.saved_model import load_policy, open_checkpoint, stream_policy
 from nemo_ssopd.checkpoint.storage import CheckpointError, checkpoints, latest_checkpoint
-from nemo_ssopd.config.run import (
-    AlgorithmConfig,
-    Config,
+from nemo_ssopd.config.algorithm import AlgorithmConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import (
     DataConfig,
     LoraConfig,
     ModelConfig,

@@ -11,17 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ssopd.config.run import (
-    DTYPES,
-    MISMATCH_BOUNDS,
-    AlgorithmConfig,
-    Config,
-    ModelConfig,
-    TrainerConfig,
-    from_hydra,
-    importance_cap,
-    max_logprob_mismatch,
-)
+from nemo_ssopd.config.algorithm import AlgorithmConfig
+from nemo_ssopd.config.run import MISMATCH_BOUNDS, Config, from_hydra, importance_cap, max_logprob_mismatch
+from nemo_ssopd.config.sections import Dtype, ModelConfig, TrainerConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 RUNS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -138,14 +130,12 @@ def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
         (["rollout.max_new_tokens=60000"], ("rollout.max_new_tokens", "60000", "40960", "lower")),
         (["evaluation.max_new_tokens=60000"], ("evaluation.max_new_tokens", "lower")),
         (["rollout.group_size=1"], ("rollout.group_size=1", "at least 2")),
-        (["rollout.tensor=3"], ("rollout.tensor=3", "divisor")),
+        (["engine.tensor=3"], ("engine.tensor=3", "divisor")),
         (["trainer.prompts_per_step=3", "parallel.tensor=1"], ("trainer.prompts_per_step=3", "data-parallel")),
         (["algorithm.kl_clip=0"], ("algorithm.kl_clip=0", "above 0")),
-        (["algorithm.witness=mine"], ("algorithm.witness='mine'", "own, solution, shuffled, none")),
         (["algorithm.ratio_clip_dual=0.5"], ("algorithm.ratio_clip_dual=0.5", "above 1")),
         (["algorithm.ema_decay=1"], ("algorithm.ema_decay=1", "below 1")),
         (["algorithm.overlong_buffer=200"], ("algorithm.overlong_buffer=200", "rollout.max_new_tokens=112")),
-        (["algorithm.name=ppo"], ("algorithm.name='ppo'", "ssopd, grpo")),
         (["data.teacher_template=hello"], ("data.teacher_template", "{problem}")),
         (["data.train=missing.jsonl"], ("data.train='missing.jsonl'", "does not exist")),
         (["run_dir=???"], ("run_dir", "not set")),
@@ -182,6 +172,16 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str) -> None:
         composed("tiny_cpu", override)
 
 
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [("algorithm.witness=mine", "own, solution, shuffled, none"), ("model.dtype=int4", "bfloat16, float16, float32")],
+)
+def test_a_choice_that_does_not_exist_names_those_that_do(override: str, allowed: str) -> None:
+    with pytest.raises(HydraException) as error:
+        composed("tiny_cpu", override)
+    assert override.partition("=")[0] in str(error.value) and allowed in str(error.value.__cause__)
+
+
 def test_configs_are_frozen(tmp_path: Path) -> None:
     config = from_hydra(composed("tiny_cpu", f"model.path={qwen3(tmp_path / 'model')}"))
     assert replace(config, run_dir="other").run_dir == "other"
@@ -191,7 +191,7 @@ def test_configs_are_frozen(tmp_path: Path) -> None:
 
 def test_importance_weights_and_the_mismatch_bound_follow_the_type_of_the_weights() -> None:
     caps, bounds = {}, {}
-    for dtype in DTYPES:
+    for dtype in Dtype:
         config = Config(model=ModelConfig(dtype=dtype))
         caps[dtype], bounds[dtype] = importance_cap(config), max_logprob_mismatch(config)
         trainer = TrainerConfig(max_logprob_mismatch=0.0)

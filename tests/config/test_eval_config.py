@@ -68,9 +68,9 @@ def test_models_and_sets_in_every_form(tmp_path: Path) -> None:
         (["only=x"], "only='x' is none of the models demo_model"),
         (["data=[]"], "data is empty"),
         (["data=missing.jsonl"], "missing is read from missing.jsonl, which does not exist"),
-        (["evaluation.samples=0"], "evaluation.samples=0: give at least 1"),
+        (["evaluation.samples=0"], "evaluation.samples=0: give a value at least 1"),
         (["evaluation.max_new_tokens=600"], "64 + 600 is over the 512 tokens of assets/demo_model: lower one"),
-        (["engine.dtype=int4"], "engine.dtype='int4': use one of bfloat16, float16, float32"),
+        (["engine.tensor=2"], "engine.tensor=2 does not divide parallel.tensor=1"),
         (["parallel.world_size=3", "parallel.tensor=3"], "parallel.tensor=3 does not divide the 4 query heads"),
         (["student_template=hello"], "student_template lacks {problem}"),
         (["run_dir=???"], "run_dir not set"),
@@ -107,5 +107,5 @@ def test_problems_that_cannot_be_asked_are_errors(monkeypatch: pytest.MonkeyPatc
     found = load_sets(config("eval_demo", f"data={rows}", "problem_field=riddle", "answer_field=key"), DEMO_MODEL)
     assert found.sets["rows"][0].prompt.problem == "6*3"
     rows.write_text(json.dumps({"problem": "1" * 99, "answer": "8"}) + "\n")
-    with pytest.raises(ValueError, match="1 prompts of rows, 'row-1' among them, are over engine.max_prompt_tokens=64"):
+    with pytest.raises(ValueError, match="1 prompts of rows, 'row-1' among them, are over max_prompt_tokens=64"):
         load_sets(config("eval_demo", f"data={rows}"), DEMO_MODEL)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
+from nemo_ssopd.config.compose import compose_run
+from nemo_ssopd.config.evaluation import EvalConfig
 from nemo_ssopd.config.renamed import RENAMED, read_old_sections, with_present_names
-from nemo_ssopd.config.run import Config, compose_run, from_hydra
+from nemo_ssopd.config.run import Config, from_hydra
 
 
 def test_former_override_keys_set_the_present_fields() -> None:
@@ -23,11 +27,14 @@ def test_other_arguments_are_left_alone() -> None:
 
 def test_present_names_are_fields() -> None:
     for name in RENAMED.values():
-        section, _, field = name.partition(".")
-        assert hasattr(getattr(Config(), section), field), name
+        section, _, field = name.rpartition(".")
+        owner = getattr(Config(), section) if section else EvalConfig
+        assert field in {each.name for each in fields(owner)}, name
 
 
 def test_a_saved_config_of_an_older_run_is_read() -> None:
+    saved: dict = {"rollout": {"tensor": 1, "group_size": 4}}
+    assert read_old_sections(saved) == {"engine": {"tensor": 1}, "rollout": {"group_size": 4}}
     saved = {
         "run_dir": "runs/a",
         "algorithm": {"clip": 0.1, "clip_unit": "summand", "position_decay": 1.0, "name": "opsd"},

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from nemo_ssopd.checkpoint.checkpoint import LoopState, save_checkpoint
 from nemo_ssopd.checkpoint.saved_model import open_checkpoint
 from nemo_ssopd.checkpoint.storage import read_index
-from nemo_ssopd.config.run import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import DataConfig, EngineConfig, LoraConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.convert.exporting import HEADER_BYTES, write_safetensors
 from nemo_ssopd.convert.launch import export_main, import_main
 from nemo_ssopd.convert.verify import Comparison, compare_with_export, trainer_logprobs
@@ -214,12 +215,9 @@ def vllm_against_trainer(adapter: str, run_dir: Path) -> tuple[float, ...]:
     actor.logprobs([TokenSequence((1, 2, 3), 1)])  # the engine must also start where Numba is loaded already
     engine = RolloutEngine(
         DEMO,
-        tensor=1,
+        EngineConfig(tensor=1, max_sequences=8, cpu_cache_gib=0.1),
         dtype="float32",
         max_model_len=64,
-        max_sequences=8,
-        gpu_memory_utilization=0.5,
-        cpu_cache_gib=0.1,
         seed=1,
         lora_rank=4,
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ssopd.config.run import as_dataclasses, compose_run
+from nemo_ssopd.config.compose import as_dataclasses, compose_run
 from nemo_ssopd.data.loading import load_data
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo_model"

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nemo_ssopd.config.run import DataConfig
+from nemo_ssopd.config.sections import DataConfig
 from nemo_ssopd.data.prompts import PromptOrder, load_prompts
 from nemo_ssopd.types import Prompt
 

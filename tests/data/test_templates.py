@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ssopd.config.run import DataConfig
+from nemo_ssopd.config.sections import DataConfig
 from nemo_ssopd.data.demo import TEACHER_TEMPLATE, CorpusExample
 from nemo_ssopd.data.templates import load_tokenizer, render_sft, render_student, render_teacher, stop_token_ids
 from nemo_ssopd.types import Prompt

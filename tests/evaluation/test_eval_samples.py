@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_ssopd.config.run import EvaluationConfig
+from nemo_ssopd.config.sections import EvaluationConfig
 from nemo_ssopd.evaluation import samples as module
 from nemo_ssopd.evaluation.results import SAMPLES, SetWriter, check_folder, check_identity
 from nemo_ssopd.evaluation.samples import Sample, evaluate, read_samples, summary_of, to_lines

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from nemo_ssopd.algo.grpo import RatioClip
 from nemo_ssopd.algo.losses import Distillation, grpo_loss
 from nemo_ssopd.config.algorithm import AlgorithmConfig
-from nemo_ssopd.config.run import (
-    Config,
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import (
     DataConfig,
     LoraConfig,
     ModelConfig,

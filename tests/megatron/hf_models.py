@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from nemo_ssopd.config.run import ModelConfig, ParallelConfig
+from nemo_ssopd.config.sections import ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.model import build_model, hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import load_hf_weights

@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_tensor_model_parallel_region
 from transformers import AutoModelForCausalLM
 
-from nemo_ssopd.config.run import LoraConfig, ParallelConfig
+from nemo_ssopd.config.sections import LoraConfig, ParallelConfig
 from nemo_ssopd.megatron.lora import ColumnAdapter, adapters, adapters_disabled, add_lora
 from nemo_ssopd.megatron.model import output_weight
 from nemo_ssopd.megatron.runtime import Runtime, initialize

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM
 
-from nemo_ssopd.config.run import LoraConfig, ParallelConfig
+from nemo_ssopd.config.sections import LoraConfig, ParallelConfig
 from nemo_ssopd.data.packing import pack
 from nemo_ssopd.megatron.lora import adapters, add_lora
 from nemo_ssopd.megatron.model import hidden_states, output_weight

@@ -14,7 +14,8 @@ import torch
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
-from nemo_ssopd.config.run import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import DataConfig, EngineConfig, LoraConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.lora import adapters
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.refit import refit
@@ -104,12 +105,9 @@ def examine(path: str, mode: str, tensor: int) -> Findings:
     actor = MegatronPolicy(config, read_hf_config(path), runtime, pad_id=0)
     engine = RolloutEngine(
         path,
-        tensor=tensor,
+        EngineConfig(tensor=tensor, max_sequences=16, cpu_cache_gib=0.1),
         dtype="bfloat16",
         max_model_len=64,
-        max_sequences=16,
-        gpu_memory_utilization=0.5,
-        cpu_cache_gib=0.1,
         seed=1,
         lora_rank=4 if mode == "adapter" else 0,
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_ssopd.config.run import ParallelConfig
+from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.megatron.runtime import initialize
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import load_megatron, logits_BSV

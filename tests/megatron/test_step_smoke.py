@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
 
-from nemo_ssopd.config.run import LoraConfig, ParallelConfig
+from nemo_ssopd.config.sections import LoraConfig, ParallelConfig
 from nemo_ssopd.megatron.lora import add_lora
 from nemo_ssopd.megatron.model import output_weight
 from nemo_ssopd.megatron.runtime import Runtime, initialize

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_ssopd.config.run import ParallelConfig
+from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.megatron.weights import hf_weights
 from tests.distributed import run_distributed

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_ssopd.config.run import Config, DataConfig, ModelConfig, TrainerConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import DataConfig, ModelConfig, TrainerConfig
 from nemo_ssopd.observe.profiling import profiled
 from nemo_ssopd.observe.stages import StageTimer
 from nemo_ssopd.run.watchdog import Watch

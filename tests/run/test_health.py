@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nemo_ssopd.config.run import Config, ModelConfig, TrainerConfig
+from nemo_ssopd.config.run import Config
+from nemo_ssopd.config.sections import ModelConfig, TrainerConfig
 from nemo_ssopd.metrics import Mean
 from nemo_ssopd.run import signals, stopping, watchdog
 from nemo_ssopd.run.alarms import UnhealthyRun, check_health, spike_limit
@@ -187,7 +188,7 @@ sys.exit(75)
 """
 LAUNCHER = """
 import sys
-from nemo_ssopd.config.run import ParallelConfig
+from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.run.workers import run_workers
 ending = run_workers(ParallelConfig(world_size=2), "worker", sys.argv[1:])
 print(ending.code, ending.rank)

@@ -14,7 +14,8 @@ import torch
 
 from nemo_ssopd.algo.grpo import RatioClip
 from nemo_ssopd.algo.losses import grpo_loss
-from nemo_ssopd.config.run import Config, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, context_length
+from nemo_ssopd.config.run import Config, context_length
+from nemo_ssopd.config.sections import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from nemo_ssopd.megatron.model import hidden_states
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
@@ -148,12 +149,12 @@ def test_the_command_accepts_every_shipped_gpu_config(name: str) -> None:
 
 
 def test_the_command_refuses_with_a_way_out_that_works() -> None:
-    crowded = ("--config-name", "qwen3_8b_tp2", "--gpu-memory-gib", "40", "rollout.gpu_memory_utilization=0.7")
+    crowded = ("--config-name", "qwen3_8b_tp2", "--gpu-memory-gib", "40", "engine.gpu_memory_utilization=0.7")
     refused = command(*crowded)
     assert refused.returncode == 1
     assert "does not fit: rollout needs" in refused.stderr and "38.0 GiB usable" in refused.stderr
     remedy = refused.stderr.split("alone would fit: ")[1].split(";")[0].split()
-    assert remedy == ["rollout.gpu_memory_utilization=0.65"]
+    assert remedy == ["engine.gpu_memory_utilization=0.65"]
     assert command(*crowded[:-1], *remedy).returncode == 0
     unknown = command("--config-name", "qwen3_8b_tp2", "trainer.tokens=3")
     assert unknown.returncode == 1 and "trainer" in unknown.stderr and "Traceback" not in unknown.stderr
@@ -164,7 +165,7 @@ def test_each_kind_of_excess_is_named() -> None:
     message = refusal(config, hf, Machine())
     assert message and message.startswith("update needs") and "activations" in message
     assert "model.recompute=true" in message and "trainer.token_budget=18048" in message
-    config, hf = load("qwen3_8b_tp2", ["rollout.gpu_memory_utilization=0.1"])
+    config, hf = load("qwen3_8b_tp2", ["engine.gpu_memory_utilization=0.1"])
     message = refusal(config, hf, Machine())
     assert message and "cache holds 0 tokens, less than one request of 40960" in message
     config, hf = load("qwen3_8b_tp2", [])
