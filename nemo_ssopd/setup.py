@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from nemo_ssopd.algo.grpo import RatioClip
 from nemo_ssopd.algo.losses import AuxLoss, Distillation, TokenLoss, grpo_loss, sft_loss
 from nemo_ssopd.checkpoint.checkpoint import LoopState, load_checkpoint
+from nemo_ssopd.config.algorithm import Recipe
+from nemo_ssopd.config.plugin import load_function
 from nemo_ssopd.config.run import Config, engine_tensor, importance_cap
 from nemo_ssopd.data.loading import RunData
 from nemo_ssopd.data.prompts import PromptOrder
@@ -64,7 +66,7 @@ class Trainer:
 
 def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trainer:
     """The policy first; then the engine, in what memory is left."""
-    algorithm, is_sft = config.algorithm, config.algorithm.name == "sft"
+    is_sft = config.algorithm.name == Recipe.sft
     hf = read_hf_config(config.model.path)
     policy = MegatronPolicy(config, hf, runtime, pad_id=data.stop_token_ids[0])
     return Trainer(
@@ -77,7 +79,7 @@ def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trai
         policy=policy,
         optional_collector=build_collector(config, data, runtime, policy) if data.train or data.eval else None,
         token_loss=sft_loss if is_sft else surrogate(config),
-        aux_losses=(distillation(config, hf, runtime),) if algorithm.distills else (),
+        aux_losses=build_aux_losses(config, hf, runtime),
     )
 
 
@@ -91,6 +93,13 @@ def surrogate(config: Config) -> TokenLoss:
         reference_penalty=algorithm.reference_penalty,
         importance_cap=importance_cap(config),
     )
+
+
+def build_aux_losses(config: Config, hf: HFModelConfig, runtime: Runtime) -> tuple[AuxLoss, ...]:
+    """Return the distillation, if the recipe has one, and the user's own losses."""
+    own = [load_function("algorithm.aux_losses", name) for name in config.algorithm.aux_losses]
+    distilled = (distillation(config, hf, runtime),) if config.algorithm.distills else ()
+    return (*distilled, *(build(config, hf, runtime) for build in own))
 
 
 def distillation(config: Config, hf: HFModelConfig, runtime: Runtime) -> Distillation:

@@ -24,6 +24,7 @@ from nemo.core.config import hydra_runner  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from nemo_ssopd.config.compose import CONF  # noqa: E402
+from nemo_ssopd.config.plugin import load_function  # noqa: E402
 from nemo_ssopd.config.renamed import with_present_names  # noqa: E402
 from nemo_ssopd.config.run import Config, from_hydra  # noqa: E402
 from nemo_ssopd.data.loading import load_data  # noqa: E402
@@ -44,7 +45,10 @@ def _main(composed: DictConfig) -> None:
         config = from_hydra(composed)
         prepare_run_dir(config)
         if not under_launcher():
-            load_data(config)  # for its errors: one clear message here, rather than one from every worker
+            # For their errors: one clear message here, rather than one from every worker.
+            load_data(config)
+            for name in config.algorithm.aux_losses:
+                load_function("algorithm.aux_losses", name)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if under_launcher():
