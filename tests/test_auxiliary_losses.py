@@ -1,4 +1,4 @@
-"""The auxiliary loss of docs/auxiliary_losses.md, added from outside, at several layouts, against autograd in float64."""
+"""The auxiliary loss of docs/auxiliary_losses.md at several layouts, against autograd in float64."""
 
 from __future__ import annotations
 
