@@ -18,6 +18,7 @@ from nemo_ssopd.config.run import (
     DataConfig,
     EvaluationConfig,
     ParallelConfig,
+    RewardConfig,
     VerifierConfig,
     as_dataclasses,
     check_ranges,
@@ -90,6 +91,7 @@ class EvalConfig:
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(world_size=0))
     """world_size 0 takes one process per visible GPU, or one CPU process."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -153,9 +155,11 @@ def validate(config: EvalConfig) -> None:
         choices={"engine.dtype": DTYPES},
         at_least_one="evaluation.samples evaluation.max_new_tokens engine.max_prompt_tokens engine.max_sequences "
         "parallel.tensor parallel.threads verifier.workers",
-        positive="verifier.timeout_s verifier.memory_gb engine.cpu_cache_gib engine.gpu_memory_utilization",
+        positive="verifier.timeout_s verifier.cpu_s verifier.memory_gb engine.cpu_cache_gib "
+        "engine.gpu_memory_utilization",
         not_negative="evaluation.temperature parallel.world_size batch",
     )
+    config.reward.check()
     require("{problem}" in config.student_template, "student_template lacks {problem}: say where it goes")
     require(bool(config.models), "model is empty: name at least one")
     require(bool(config.chosen_sets), f"data is empty: name a file, or some of {', '.join(config.sets)}")

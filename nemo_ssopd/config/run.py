@@ -7,6 +7,7 @@ follows, arXiv 2601.18734), or (ours). Every message names the field, the value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -98,13 +99,40 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """Rewards of completions (docs/rewards.md)."""
+
+    function: str | None = None
+    """package.module:name of a function (completion, row) -> reward or (reward, reason), called in killable worker
+    processes; null rewards 1 for an answer that math-verify finds equal to the row's, else 0."""
+    threshold: float = 0.5
+    """A completion is correct when its reward is over this: for pairs, frontier weights, pass@k and maj@k (ours)."""
+
+    def check(self) -> None:
+        """ValueError names the field, the value and the remedy. Whether the function is there, its worker will say."""
+        module, colon, name = (self.function or "module:name").partition(":")
+        require(
+            bool(colon)
+            and not module.endswith(".py")
+            and all(part.isidentifier() for part in (*module.split("."), name)),
+            f"reward.function={self.function!r}: write it as package.module:name",
+        )
+        require(
+            0 <= self.threshold < math.inf,
+            f"reward.threshold={self.threshold}: give 0 or more, since a completion whose grading fails gets 0",
+        )
+
+
+@dataclass(frozen=True)
 class VerifierConfig:
-    """Grading by math-verify in killable worker processes."""
+    """The killable worker processes that grade, by math-verify or by the user's function."""
 
     workers: int = 8
     """Worker processes on each data-parallel rank's first process."""
     timeout_s: float = 5.0
-    """Wall-clock limit of one answer; on overrun the worker is killed and the reward is 0."""
+    """Wall-clock limit of one completion; on overrun the worker is killed and the reward is 0."""
+    cpu_s: float = 1.5
+    """CPU limit of one completion. It normally ends a hang, since it does not depend on how busy the machine is."""
     memory_gb: float = 3.0
     """Address space of one worker."""
 
@@ -243,6 +271,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -360,7 +389,7 @@ def _check_values(config: Config) -> None:
         "trainer.prompts_per_step trainer.updates_per_step trainer.token_budget trainer.chunk_tokens "
         "evaluation.samples evaluation.max_new_tokens lora.rank trainer.max_skipped_steps",
         positive="parallel.timeout_minutes algorithm.kl_clip "
-        "optimizer.lr rollout.temperature verifier.timeout_s verifier.memory_gb lora.alpha",
+        "optimizer.lr rollout.temperature verifier.timeout_s verifier.cpu_s verifier.memory_gb lora.alpha",
         not_negative="algorithm.lambda_0 algorithm.contrast "
         "algorithm.reference_kl algorithm.advantage_eps algorithm.ratio_clip_low "
         "algorithm.ratio_clip_high optimizer.weight_decay optimizer.grad_clip optimizer.warmup_steps "
@@ -369,6 +398,7 @@ def _check_values(config: Config) -> None:
         "trainer.spike_factor evaluation.temperature trainer.max_logprob_mismatch trainer.time_budget_minutes",
     )
     _check_algorithm(config.algorithm, config.rollout)
+    config.reward.check()
     for step in config.trainer.profile_steps:
         require(
             1 <= step <= config.trainer.max_steps,

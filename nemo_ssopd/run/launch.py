@@ -26,6 +26,7 @@ from omegaconf import DictConfig  # noqa: E402
 from nemo_ssopd.config.renamed import with_present_names  # noqa: E402
 from nemo_ssopd.config.run import CONF, Config, from_hydra  # noqa: E402
 from nemo_ssopd.data.loading import load_data  # noqa: E402
+from nemo_ssopd.rollout.graders import check_grader  # noqa: E402
 from nemo_ssopd.run.watchdog import last_seen  # noqa: E402
 from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher  # noqa: E402
 
@@ -44,6 +45,7 @@ def _main(composed: DictConfig) -> None:
         prepare_run_dir(config)
         if not under_launcher():
             load_data(config)  # for its errors: one clear message here, rather than one from every worker
+            check_grader(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if under_launcher():
