@@ -26,6 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from nemo_ssopd.algo.selection import is_correct
 from nemo_ssopd.evaluation.samples import read_samples
 from nemo_ssopd.evaluation.statistics import Estimate, paired_bootstrap, t_interval
 from nemo_ssopd.observe.report import COLOURS, Row, read_metrics, series
@@ -100,7 +101,7 @@ def finished_run(run_dir: Path) -> FinishedRun:
     samples = read_samples(run_dir / "eval" / f"step_{config.trainer.max_steps:06}.jsonl")
     correct: dict[str, int] = defaultdict(int)
     for sample in samples:
-        correct[sample.problem] += sample.reward > 0.5
+        correct[sample.problem] += is_correct(sample.reward)
     per_prompt = 0 if config.algorithm.name == "sft" else config.rollout.group_size
     return FinishedRun(
         levels=record["levels"],

@@ -11,6 +11,7 @@ micro-batch, stage or rank. Nobody averages averages, because an average stays a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -133,6 +134,15 @@ def fetch(parts: Iterable[Mapping[str, Metric]]) -> list[Metrics]:
         return type(metric)(*(next(values) if isinstance(n, torch.Tensor) else n for n in vars(metric).values()))
 
     return [{key: on_host(metric) for key, metric in part.items()} for part in parts]
+
+
+def countable(reason: str) -> str:
+    """Return the part of a reason before its colon, as a name to count by: what follows may differ every time.
+
+    >>> countable("error: KeyError (rewards.py, line 3): 'tests'")
+    'error'
+    """
+    return re.sub(r"[^\w .-]", "_", reason.partition(":")[0].strip(), flags=re.ASCII)[:40]
 
 
 def check_key(key: str) -> None:

@@ -26,7 +26,7 @@ from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
 from nemo_ssopd.observe.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink, WandbSink
 from nemo_ssopd.rollout.collector import RolloutCollector, Sampling, request_seed
 from nemo_ssopd.rollout.engine import RolloutEngine
-from nemo_ssopd.rollout.verifier import MathVerifier
+from nemo_ssopd.rollout.graders import Grader, build_grader
 from nemo_ssopd.run.alarms import UnhealthyRun
 from nemo_ssopd.run.watchdog import Watch
 from nemo_ssopd.types import TokenSequence
@@ -65,7 +65,9 @@ class Trainer:
 
 
 def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trainer:
-    """The policy first; then the engine, in what memory is left."""
+    """Build the grader, whose errors are cheap; then the policy; then the engine, in what memory is left."""
+    samples = bool(data.train or data.eval)
+    grader = build_grader(config) if samples and runtime.tp_rank == 0 else None
     is_sft = config.algorithm.name == Recipe.sft
     hf = read_hf_config(config.model.path)
     policy = MegatronPolicy(config, hf, runtime, pad_id=data.stop_token_ids[0])
@@ -77,7 +79,7 @@ def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trai
         data=data,
         order=PromptOrder(len(data.supervised if is_sft else data.train), config.trainer.seed),
         policy=policy,
-        optional_collector=build_collector(config, data, runtime, policy) if data.train or data.eval else None,
+        optional_collector=build_collector(config, data, runtime, policy, grader) if samples else None,
         token_loss=sft_loss if is_sft else surrogate(config),
         aux_losses=build_aux_losses(config, hf, runtime),
     )
@@ -115,13 +117,11 @@ def distillation(config: Config, hf: HFModelConfig, runtime: Runtime) -> Distill
     )
 
 
-def build_collector(config: Config, data: RunData, runtime: Runtime, policy: MegatronPolicy) -> RolloutCollector:
-    """The engine of this rank, and on the first rank of a tensor-parallel group the verifier."""
-    rollout, verifier = config.rollout, None
-    if runtime.tp_rank == 0:
-        verifier = MathVerifier(
-            workers=config.verifier.workers, timeout_s=config.verifier.timeout_s, memory_gb=config.verifier.memory_gb
-        )
+def build_collector(
+    config: Config, data: RunData, runtime: Runtime, policy: MegatronPolicy, grader: Grader | None
+) -> RolloutCollector:
+    """Build the engine of this rank; `grader` is that of the first rank of a tensor-parallel group."""
+    rollout = config.rollout
     engine = RolloutEngine(
         config.model.path,
         replace(config.engine, tensor=engine_tensor(config)),
@@ -134,7 +134,7 @@ def build_collector(config: Config, data: RunData, runtime: Runtime, policy: Meg
     )
     return RolloutCollector(
         engine,
-        verifier,
+        grader,
         data.tokenizer,
         stop_token_ids=data.stop_token_ids,
         engine_tensor=engine_tensor(config),

@@ -57,7 +57,9 @@ def teacher_contexts(
     contexts: list[list[TeacherContext | None]] = []
     dropped = {"long_teacher": 0, "no_witness": 0}
     for group, witness in zip(groups, witness_texts(groups, algorithm), strict=True):
-        weight = frontier_weight(group.rewards, lambda_0=algorithm.lambda_0, shape=algorithm.frontier)
+        weight = frontier_weight(
+            group.rewards, lambda_0=algorithm.lambda_0, shape=algorithm.frontier, threshold=group.threshold
+        )
         chosen = distilled(group, algorithm) if weight > 0 else []
         prompt, contrast = _teacher_prompts(group, witness, config, tokenizer)
         of_group: list[TeacherContext | None] = [None] * len(group.rollouts)
@@ -92,7 +94,7 @@ def _teacher_prompts(
 
 def distilled(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[int]:
     """Which completions of the group are distilled; with distilled=every all, otherwise none of a uniform group's."""
-    correct, wrong = split(group.rewards)
+    correct, wrong = split(group.rewards, group.threshold)
     if algorithm.distilled == "every":
         return sorted(correct + wrong)
     if not is_mixed(group):
@@ -132,12 +134,12 @@ def held_out_teacher_prompts(
     As in training, but for own witnesses by mean log-prob, which samples do not have: there the shortest is read.
     Problems without a witness, and prompts over `max_length` tokens, are left out.
     """
-    longest = config.algorithm.correct_selector == "longest"
+    longest, threshold = config.algorithm.correct_selector == "longest", config.reward.threshold
     witness: dict[str, str] = {}
     for sample in sorted(samples, key=lambda sample: -sample.tokens if longest else sample.tokens):
-        if is_correct(sample.reward):
+        if is_correct(sample.reward, threshold):
             witness.setdefault(sample.problem, sample.text)
-    wrong = {sample.problem for sample in samples if not is_correct(sample.reward)}
+    wrong = {sample.problem for sample in samples if not is_correct(sample.reward, threshold)}
     mixed = [prompt for prompt in prompts if prompt.prompt.id in witness and prompt.prompt.id in wrong]
     if config.algorithm.witness == "none":
         return mixed
@@ -155,10 +157,10 @@ def held_out_teacher_prompts(
 
 
 def _wrong_attempt(group: RolloutGroup, algorithm: AlgorithmConfig) -> str | None:
-    _, wrong = split(group.rewards)
+    _, wrong = split(group.rewards, group.threshold)
     return group.rollouts[selected(group, wrong, algorithm.wrong_selector)].completion.text if wrong else None
 
 
 def _own_witness(group: RolloutGroup, selector: str) -> str | None:
-    correct, _ = split(group.rewards)
+    correct, _ = split(group.rewards, group.threshold)
     return group.rollouts[selected(group, correct, selector)].completion.text if correct else None

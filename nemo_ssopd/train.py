@@ -18,7 +18,8 @@ from typing import NoReturn, TypeVar
 import psutil
 import torch.distributed as dist
 
-from nemo_ssopd.algo.groups import group_metrics, is_mixed, kept_groups
+from nemo_ssopd.algo.groups import group_metrics, is_uniform, kept_groups
+from nemo_ssopd.algo.selection import is_correct
 from nemo_ssopd.checkpoint.checkpoint import CheckpointError, CheckpointSaver, LoopState
 from nemo_ssopd.config.run import Config
 from nemo_ssopd.config.sections import EvaluationConfig
@@ -100,10 +101,10 @@ def local_share(trainer: Trainer, examples: Sequence[Example], step: int, attemp
 
 
 def sample_groups(trainer: Trainer, step: int, timer: StageTimer) -> list[RolloutGroup]:
-    """This rank's graded groups. With refills, other prompts follow until there are enough mixed groups."""
+    """This rank's graded groups. With refills, other prompts follow until enough groups are not uniform."""
     sampled: list[RolloutGroup] = []
     for attempt in range(1 + trainer.config.algorithm.refills):
-        missing = trainer.prompts_per_rank - sum(map(is_mixed, sampled))
+        missing = trainer.prompts_per_rank - sum(not is_uniform(group) for group in sampled)
         if missing:
             with timer.stage("rollout"):
                 completions = sample_completions(trainer, step, attempt, missing)
@@ -132,15 +133,15 @@ def sample_completions(
 def grade_groups(trainer: Trainer, sampled: list[tuple[RenderedPrompt, list[Completion]]]) -> list[RolloutGroup]:
     """Every completion with its reward."""
     completions = [completion for _, group in sampled for completion in group]
-    golds = [prompt.prompt.answer for prompt, group in sampled for _ in group]
-    verdicts = iter(trainer.collector.grade(completions, golds))
+    problems = [prompt.prompt for prompt, group in sampled for _ in group]
+    verdicts = iter(trainer.collector.grade(completions, problems))
     groups = []
     for prompt, group in sampled:
         rollouts = []
         for completion in group:
             verdict, sequence = next(verdicts), TokenSequence(prompt.tokens + completion.tokens, len(prompt.tokens))
             rollouts.append(Rollout(sequence, completion, verdict.reward, verdict.reason, verdict.answer))
-        groups.append(RolloutGroup(prompt.prompt, tuple(rollouts)))
+        groups.append(RolloutGroup(prompt.prompt, tuple(rollouts), trainer.config.reward.threshold))
     return groups
 
 
@@ -178,6 +179,7 @@ def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> N
             {
                 "problem": group.prompt.id,
                 "reward": rollout.reward,
+                "correct": is_correct(rollout.reward, group.threshold),
                 "reason": rollout.reason,
                 "answer": rollout.answer,
                 "tokens": rollout.sequence.completion_length,
@@ -263,7 +265,7 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
         teacher = evaluate_teacher(trainer, samples, step=step)
     if trainer.runtime.is_main:
         write_samples(samples, Path(trainer.config.run_dir) / "eval" / f"step_{step:06}.jsonl")
-    metrics = eval_metrics(summary_of(samples, trainer.config.evaluation))
+    metrics = eval_metrics(summary_of(samples, trainer.config.evaluation, threshold=trainer.config.reward.threshold))
     return metrics | teacher | {"time/eval": timer.metrics()["time/eval"]}
 
 
@@ -281,9 +283,10 @@ def evaluate_teacher(trainer: Trainer, samples: Sequence[Sample], *, step: int) 
         refit(trainer.policy, engine, config, policy_version=step)
     answers = held_out_samples(trainer, prompts, replace(config.evaluation, samples=config.trainer.teacher_samples))
     refit(trainer.policy, engine, config, policy_version=step)
+    correct = sum(is_correct(answer.reward, config.reward.threshold) for answer in answers)
     return {
         "eval/teacher_problems": Max(len(prompts)),
-        "eval/teacher_accuracy": Mean(sum(answer.reward for answer in answers), len(answers)),
+        "eval/teacher_accuracy": Mean(correct, len(answers)),
     }
 
 

@@ -6,7 +6,9 @@ among them, K prefix positions, H hidden size, V vocabulary, W a rank's shard of
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +17,9 @@ import torch
 class Prompt:
     """One problem. `solution` is a written-out reference solution, used by the SFT and OPSD recipes only.
 
+    `columns` is the dataset's row as JSON text, kept where the user's reward function reads it. `answer` may be empty
+    there, and nowhere else.
+
     >>> Prompt(id="train-7", problem="6*3 8*6", answer="88", solution="<think>6*3=18 8*6=48</think>\\\\boxed{88}")
     """
 
@@ -22,6 +27,17 @@ class Prompt:
     problem: str
     answer: str
     solution: str | None = None
+    columns: str = ""
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Return the columns, with `id`, `problem`, `answer` and `solution` as here, unless they are empty here.
+
+        >>> Prompt("train-7", "6*3", "8", columns='{"question": "6*3", "answer": 8, "level": 2}').row
+        {'id': 'train-7', 'problem': '6*3', 'answer': '8', 'solution': None, 'question': '6*3', 'level': 2}
+        """
+        own = {"id": self.id, "problem": self.problem, "answer": self.answer, "solution": self.solution}
+        return own | json.loads(self.columns or "{}") | {name: value for name, value in own.items() if value}
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,8 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    threshold: float = 0.5
+    """A completion is correct when its reward is over this."""
 
     @property
     def rewards(self) -> tuple[float, ...]:

@@ -90,7 +90,7 @@ def test_a_loss_from_outside_has_the_gradient_of_its_formula(layout: dict[str, A
     ],
 )
 def test_a_name_that_cannot_be_used_is_an_error(name: str, words: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"algorithm.aux_losses has {name!r}")) as error:
+    with pytest.raises(ValueError, match=re.escape(f"algorithm.aux_losses={name!r}")) as error:
         load_function("algorithm.aux_losses", name)
     assert words in str(error.value)
 

@@ -14,8 +14,10 @@ FILES = sorted(file for folder in ("nemo_ssopd", "scripts") for file in (ROOT / 
 FORBIDDEN = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "marshal.loads", "shelve.open"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "cloudpickle.load", "dill.load", "joblib.load"),
-    *("np.load", "numpy.load", "importlib.import_module"),
+    *("np.load", "numpy.load", "importlib.import_module", "pkgutil.resolve_name", "runpy.run_path", "runpy.run_module"),
 }
+# The user's own reward function, which the config names: imported in a grading worker, never in the trainer.
+ALLOWED = {("nemo_ssopd/rollout/user_function.py", "importlib.import_module")}
 
 
 def calls(file: Path) -> list[tuple[str, ast.Call]]:
@@ -29,7 +31,8 @@ def argument(call: ast.Call, name: str) -> str | None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_nothing_runs_what_a_file_says(file: Path) -> None:
     for name, call in calls(file):
-        assert name not in FORBIDDEN, f"{file}: {ast.unparse(call)}"
+        is_allowed = (str(file.relative_to(ROOT)), name) in ALLOWED if file.is_relative_to(ROOT) else False
+        assert is_allowed or name not in FORBIDDEN, f"{file}: {ast.unparse(call)}"
         assert name != "torch.load" or argument(call, "weights_only") == "True", f"{file}: {ast.unparse(call)}"
         assert argument(call, "shell") in (None, "False"), f"{file}: {ast.unparse(call)}"
         # A setting that is off by default, never a constant.

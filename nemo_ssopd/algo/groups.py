@@ -7,25 +7,30 @@ from collections.abc import Sequence
 from nemo_ssopd.algo.advantages import group_advantages, overlong_penalty
 from nemo_ssopd.algo.selection import select, split
 from nemo_ssopd.config.algorithm import AlgorithmConfig
-from nemo_ssopd.metrics import Mean, Metrics, Sum, merge
+from nemo_ssopd.metrics import Mean, Metrics, Sum, countable, merge
 from nemo_ssopd.types import RolloutGroup
 
 
 def is_mixed(group: RolloutGroup) -> bool:
-    """Whether the group has a correct and a wrong completion."""
-    return all(split(group.rewards))
+    """Tell whether the group has a correct and a wrong completion: then it has a pair."""
+    return all(split(group.rewards, group.threshold))
+
+
+def is_uniform(group: RolloutGroup) -> bool:
+    """Tell whether all rewards are equal: then the group has no advantages, and no pair."""
+    return len(set(group.rewards)) == 1
 
 
 def kept_groups(sampled: Sequence[RolloutGroup], wanted: int) -> list[RolloutGroup]:
-    """`wanted` of the sampled groups in their order: mixed ones, and where these are too few, uniform ones too."""
-    mixed_first = sorted(range(len(sampled)), key=lambda g: not is_mixed(sampled[g]))
-    return [sampled[g] for g in sorted(mixed_first[:wanted])]
+    """Return `wanted` of the sampled groups in their order, uniform ones only where the others are too few."""
+    uniform_last = sorted(range(len(sampled)), key=lambda g: is_uniform(sampled[g]))
+    return [sampled[g] for g in sorted(uniform_last[:wanted])]
 
 
 def advantages(group: RolloutGroup, algorithm: AlgorithmConfig, *, max_new_tokens: int) -> list[float]:
     """Of each completion; zero, and with it the surrogate and its gradient, where the recipe has no reward term.
 
-    A punishment for length counts here alone: selection and metrics go by the verifier's reward.
+    A punishment for length counts here alone: selection and metrics go by the grader's reward.
     """
     if not algorithm.rewards:
         return [0.0] * len(group.rollouts)
@@ -46,7 +51,7 @@ def selected(group: RolloutGroup, candidates: Sequence[int], selector: str) -> i
 def group_metrics(sampled: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> Metrics:
     """What the rollouts of a step were like, those of dropped groups included."""
     rollouts = [rollout for group in sampled for rollout in group.rollouts]
-    correct = [len(split(group.rewards)[0]) for group in sampled]
+    correct = [len(split(group.rewards, group.threshold)[0]) for group in sampled]
     size = len(sampled[0].rollouts)
     tokens = sum(rollout.sequence.completion_length for rollout in rollouts)
     truncated = sum(rollout.completion.finish_reason == "length" for rollout in rollouts)
@@ -60,7 +65,7 @@ def group_metrics(sampled: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -
         "rollout/truncated_fraction": Mean(truncated, len(rollouts)),
         "progress/tokens": Sum(tokens),
     }
-    reasons: list[Metrics] = [{f"reward/reason/{rollout.reason}": Sum(1)} for rollout in rollouts]
+    reasons: list[Metrics] = [{f"reward/reason/{countable(rollout.reason)}": Sum(1)} for rollout in rollouts]
     return merge(metrics, *reasons, *(pair_metrics(group, algorithm) for group in sampled))
 
 
@@ -68,7 +73,7 @@ def pair_metrics(group: RolloutGroup, algorithm: AlgorithmConfig) -> Metrics:
     """Lengths of the selected correct and wrong completion of a mixed group, whatever the recipe does with them."""
     if not is_mixed(group):
         return {}
-    correct, wrong = split(group.rewards)
+    correct, wrong = split(group.rewards, group.threshold)
     return {
         "group/correct_length": Mean(group.lengths[selected(group, correct, algorithm.correct_selector)], 1),
         "group/wrong_length": Mean(group.lengths[selected(group, wrong, algorithm.wrong_selector)], 1),

@@ -35,8 +35,9 @@ def select_pair(
     mean_logprobs: Sequence[float] | None = None,
     correct_by: str = "shortest",
     wrong_by: str = "longest",
+    threshold: float = 0.5,
 ) -> Pair | None:
-    """By default the shortest correct and the longest wrong completion; None for a uniform group.
+    """Select by default the shortest correct and the longest wrong completion; None for a uniform group.
 
     >>> select_pair(rewards=[0.0, 1.0, 1.0, 0.0], lengths=[7, 9, 4, 7])
     Pair(correct=2, wrong=0)
@@ -45,7 +46,7 @@ def select_pair(
         raise ValueError(f"{len(rewards)} rewards but {len(lengths)} lengths: give one of each per completion")
     if lengths and min(lengths) < 1:
         raise ValueError(f"lengths are {list(lengths)}: a completion has at least one token, its end-of-turn token")
-    correct, wrong = split(rewards)
+    correct, wrong = split(rewards, threshold)
     if not correct or not wrong:
         return None
     return Pair(
@@ -54,8 +55,10 @@ def select_pair(
     )
 
 
-def frontier_weight(rewards: Sequence[float], *, lambda_0: float, shape: str = "dynamic") -> float:
-    """lambda(x) = lambda_0 p(1 - p), p the share of correct completions: exactly zero for a uniform group.
+def frontier_weight(
+    rewards: Sequence[float], *, lambda_0: float, shape: str = "dynamic", threshold: float = 0.5
+) -> float:
+    """Return lambda(x) = lambda_0 p(1 - p), p the share of correct completions: exactly zero for a uniform group.
 
     It peaks at lambda_0 / 4, for a balanced group. p is the plain sample share, without a small-group correction. The
     other shape, fixed, is lambda_0 for every group, uniform ones too.
@@ -65,22 +68,22 @@ def frontier_weight(rewards: Sequence[float], *, lambda_0: float, shape: str = "
     """
     if not rewards:
         raise ValueError("a group has no rewards: it needs at least one completion")
-    p = sum(is_correct(reward) for reward in rewards) / len(rewards)
+    p = sum(is_correct(reward, threshold) for reward in rewards) / len(rewards)
     if shape == "fixed":
         return lambda_0
     return lambda_0 * p * (1 - p)
 
 
-def split(rewards: Sequence[float]) -> tuple[list[int], list[int]]:
-    """Indices of the correct and of the wrong completions.
+def split(rewards: Sequence[float], threshold: float = 0.5) -> tuple[list[int], list[int]]:
+    """Return the indices of the correct and of the wrong completions.
 
     >>> split([0.0, 1.0, 0.0])
     ([1], [0, 2])
     """
-    correct = [i for i, reward in enumerate(rewards) if is_correct(reward)]
-    return correct, [i for i, reward in enumerate(rewards) if not is_correct(reward)]
+    correct = [i for i, reward in enumerate(rewards) if is_correct(reward, threshold)]
+    return correct, [i for i, reward in enumerate(rewards) if not is_correct(reward, threshold)]
 
 
-def is_correct(reward: float) -> bool:
-    """Rewards are 0 or 1; the threshold makes every use agree on anything between."""
-    return reward > 0.5
+def is_correct(reward: float, threshold: float = 0.5) -> bool:
+    """Tell whether a completion counts as correct, everywhere but in advantages and means, which take the reward."""
+    return reward > threshold

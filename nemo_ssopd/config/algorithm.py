@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from nemo_ssopd.config.checks import checked, require
+from nemo_ssopd.config.checks import check_function_name, checked, require
 
 
 class Recipe(StrEnum):
@@ -189,6 +189,8 @@ class AlgorithmConfig:
 
     def check(self) -> None:
         """Check what ranges alone do not say."""
+        for name in self.aux_losses:
+            check_function_name("algorithm.aux_losses", name)
         require(
             self.ratio_clip_dual == 0 or self.ratio_clip_dual > 1,
             f"algorithm.ratio_clip_dual={self.ratio_clip_dual}: give a bound on the ratio above 1, or 0 for none",

@@ -34,6 +34,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_function_name(setting: str, name: str) -> None:
+    """Check the form package.module:name; whether the function is there, an import will say."""
+    module, colon, function = name.partition(":")
+    parts = (*module.split("."), function)
+    is_written_so = bool(colon) and not module.endswith(".py") and all(part.isidentifier() for part in parts)
+    require(is_written_so, f"{setting}={name!r}: write it as package.module:name")
+
+
 _HOLDS = {
     "at_least": lambda value, bound: value >= bound,
     "above": lambda value, bound: value > bound,

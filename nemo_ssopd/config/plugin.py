@@ -8,24 +8,24 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from nemo_ssopd.config.checks import check_function_name
+
 
 def load_function(setting: str, name: str) -> Callable[..., Any]:
     """Import the function that a setting names; ValueError, with the remedy, where it is not there.
 
     Modules are looked for in the working directory, too. The code runs in this process: name only what you trust.
     """
-    module, colon, attribute = name.partition(":")
-    if not colon or not all(part.isidentifier() for part in (*module.split("."), attribute)):
-        raise ValueError(f"{setting} has {name!r}: write it as package.module:name")
+    check_function_name(setting, name)
+    module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"{setting} has {name!r}, which cannot be imported ({error}): put {module} into the working directory or "
-            "on PYTHONPATH"
+            f"{setting}={name!r} cannot be imported ({error}): put {module} into the working directory or on PYTHONPATH"
         ) from error
     if not callable(function):
-        raise ValueError(f"{setting} has {name!r}, which is no function: name one that returns the loss")
+        raise ValueError(f"{setting}={name!r} is no function: name one that returns the loss")
     return function

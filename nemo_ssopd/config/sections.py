@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from nemo_ssopd.config.checks import checked, require
+from nemo_ssopd.config.checks import check_function_name, checked, require
 
 MAX_ENGINE_RANK = 512
 """vLLM's largest LoRA rank."""
@@ -136,12 +136,9 @@ class RewardConfig:
     """A completion is correct when its reward is over this: for pairs, frontier weights, pass@k and maj@k (ours)."""
 
     def check(self) -> None:
-        """Check the form of the function's name. Its worker says whether it is there."""
-        module, colon, name = (self.function or "module:name").partition(":")
-        require(
-            bool(colon) and all(part.isidentifier() for part in (*module.split("."), name)),
-            f"reward.function={self.function!r}: write it as package.module:name",
-        )
+        """Check the form of the function's name."""
+        if self.function is not None:
+            check_function_name("reward.function", self.function)
 
 
 @dataclass(frozen=True)

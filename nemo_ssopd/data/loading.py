@@ -48,8 +48,9 @@ def load_data(config: Config) -> RunData:
 
 def _rendered(name: str, source: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[RenderedPrompt, ...]:
     """Problems with the student's tokens. Prompts over rollout.max_prompt_tokens are left out, and counted."""
+    for_function = config.reward.function is not None
     need_solution = name == "data.train" and config.algorithm.distills and config.algorithm.witness == "solution"
-    prompts = load_prompts(source, config.data, need_solution=need_solution)
+    prompts = load_prompts(source, config.data, need_solution=need_solution, for_function=for_function)
     rendered = [RenderedPrompt(prompt, render_student(tokenizer, prompt, config.data)) for prompt in prompts]
     kept = tuple(prompt for prompt in rendered if len(prompt.tokens) <= config.rollout.max_prompt_tokens)
     _check_kept(
@@ -68,7 +69,8 @@ def _supervised(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Pro
         name, _, query = source.removeprefix("corpus:").partition("?")
         options = {"count": "20000", "seed": "1", **dict(parse_qsl(query))}
         return tuple(demo_corpus(int(options["count"]), int(options["seed"]), name))
-    prompts = load_prompts(source, config.data, need_solution=True)
+    for_function = config.reward.function is not None
+    prompts = load_prompts(source, config.data, need_solution=True, for_function=for_function)
     context = read_hf_config(config.model.path).max_position_embeddings
     kept = tuple(prompt for prompt in prompts if len(render_sft(tokenizer, prompt, config.data)[0]) <= context)
     _check_kept(f"data.train={source!r}", "worked problems", prompts, kept, "max_position_embeddings", context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -25,10 +26,13 @@ ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "ground_truth", "g
 """Looked for in this order, in any case, where the config names no field."""
 
 
-def load_prompts(source: str, data: DataConfig, *, need_solution: bool = False) -> list[Prompt]:
-    """Every problem of `source`: demo:NAME?..., a .jsonl or .parquet file, or the name of a hub dataset.
+def load_prompts(
+    source: str, data: DataConfig, *, need_solution: bool = False, for_function: bool = False
+) -> list[Prompt]:
+    """Return every problem of `source`: demo:NAME?..., a .jsonl or .parquet file, or the name of a hub dataset.
 
-    A row without a problem, an answer, or (when needed) a solution is an error: nothing is dropped silently.
+    A row without a problem, an answer, or (when needed) a solution is an error: nothing is dropped silently. With
+    `for_function`, the user's reward function grades: the rows' columns are kept, and a row may have no answer.
     """
     if source.startswith("demo:"):
         return load_demo(source)
@@ -41,7 +45,9 @@ def load_prompts(source: str, data: DataConfig, *, need_solution: bool = False) 
         problem_field=data.problem_field or _usual_field(columns, PROBLEM_FIELDS),
         answer_field=data.answer_field or _usual_field(columns, ANSWER_FIELDS),
     )
-    prompts = [_to_prompt(row, f"{source}, row {number}", number, data, need_solution) for number, row in rows]
+    prompts = [
+        _to_prompt(row, f"{source}, row {number}", number, data, need_solution, for_function) for number, row in rows
+    ]
     _check_ids(source, prompts)
     return prompts
 
@@ -123,10 +129,14 @@ def _usual_field(columns: Sequence[str], usual: Sequence[str]) -> str:
     return next((found[name] for name in usual if name in found), usual[0])
 
 
-def _to_prompt(row: Mapping[str, Any], place: str, number: int, data: DataConfig, need_solution: bool) -> Prompt:
+def _to_prompt(
+    row: Mapping[str, Any], place: str, number: int, data: DataConfig, need_solution: bool, for_function: bool
+) -> Prompt:
     assert data.problem_field and data.answer_field
     problem = _text(row, data.problem_field, place, "data.problem_field")
-    answer = _text(row, data.answer_field, place, "data.answer_field")
+    answer = ""
+    if not for_function or _is_text(row.get(data.answer_field)):
+        answer = _text(row, data.answer_field, place, "data.answer_field")
     worked, mark, final = answer.rpartition(FINAL_ANSWER)
     if mark:
         answer = re.sub(r"(?<=\d),(?=\d{3})", "", final.strip())
@@ -140,7 +150,21 @@ def _to_prompt(row: Mapping[str, Any], place: str, number: int, data: DataConfig
     elif need_solution:
         solution = _text(row, data.solution_field, place, "data.solution_field")
     prompt_id = str(row["id"]) if row.get("id") is not None else f"row-{number}"
-    return Prompt(prompt_id, problem, answer, solution)
+    return Prompt(prompt_id, problem, answer, solution, _as_json(row) if for_function else "")
+
+
+def _as_json(row: Mapping[str, Any]) -> str:
+    """Return the columns that JSON can express; dates, bytes and images are left out."""
+    columns = {}
+    for name, value in row.items():
+        with contextlib.suppress(TypeError, ValueError):
+            columns[name] = json.dumps(value)
+    return "{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in columns.items()) + "}"
+
+
+def _is_text(value: object) -> bool:
+    """Tell whether a field holds text or a number, as `_text` takes them."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and bool(str(value).strip())
 
 
 def _text(row: Mapping[str, Any], field: str, place: str, option: str) -> str:

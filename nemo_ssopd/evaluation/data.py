@@ -43,7 +43,7 @@ def _rendered(
     """Every problem of a set. One that is too long is an error: without it, the figure would be another set's."""
     data, limit = config.data_config(chosen), config.max_prompt_tokens
     try:
-        prompts = load_prompts(chosen.source, data)
+        prompts = load_prompts(chosen.source, data, for_function=config.reward.function is not None)
     except ValueError as error:
         message = re.sub(r"\bdata\.(problem_field|answer_field|split)\b", r"\1", str(error))
         raise ValueError(f"data: {message}{_offline_hint(name, chosen, config)}") from error

@@ -1,4 +1,4 @@
-"""What decides an evaluation's samples: the model's weights, the problems and how they are asked, the sampling."""
+"""Identify an evaluation by what decides its samples: weights, problems and how they are asked, sampling, reward."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def identities(config: EvalConfig, source: ModelSource, data: EvalData) -> dict[
             "model": model,
             "data": {"source": chosen.source, "problems": len(data.sets[name]), "digest": _digest(data.sets[name])},
             "evaluation": evaluation,
+            "reward": asdict(config.reward),
         }
         for name, chosen in config.chosen_sets.items()
     }
@@ -57,4 +58,5 @@ def _digest(prompts: Sequence[RenderedPrompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.prompt.id, prompt.tokens, prompt.prompt.answer]).encode())
+        digest.update(prompt.prompt.columns.encode())  # empty without a reward function
     return digest.hexdigest()

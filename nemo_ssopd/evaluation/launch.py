@@ -21,6 +21,7 @@ from nemo_ssopd.config.renamed import with_present_names
 from nemo_ssopd.evaluation.data import EvalData, load_sets
 from nemo_ssopd.evaluation.models import ModelSource, find_model
 from nemo_ssopd.evaluation.results import check_folder, check_identity, has_begun, set_folder
+from nemo_ssopd.rollout.graders import check_grader
 from nemo_ssopd.run.signals import die_of_stop_requests
 from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher
 
@@ -70,6 +71,8 @@ def check_everything(config: EvalConfig) -> None:
             data = load_sets(config, source.architecture)
             if any(map(has_begun, folders.values())):
                 check_continues(config, source, data, folders)
+    if not under_launcher():
+        check_grader(config)
     make_run_dir(config.run_dir)
 
 

@@ -20,6 +20,7 @@ from nemo_ssopd.config.evaluation import EvalConfig
 from nemo_ssopd.config.sections import EvaluationConfig
 from nemo_ssopd.evaluation.samples import Sample, read_samples, summary_of, to_lines
 from nemo_ssopd.evaluation.statistics import average
+from nemo_ssopd.metrics import countable
 from nemo_ssopd.types import RenderedPrompt
 
 IDENTITY, SAMPLES, SUMMARY = "evaluation.json", "samples.jsonl", "summary.json"
@@ -93,19 +94,22 @@ class SetWriter:
         os.fsync(self._file.fileno())
         self.samples += [replace(sample, text="") for sample in samples]
 
-    def finish(self, prompts: Sequence[RenderedPrompt], evaluation: EvaluationConfig, title: str) -> dict[str, Any]:
+    def finish(
+        self, prompts: Sequence[RenderedPrompt], evaluation: EvaluationConfig, title: str, *, threshold: float
+    ) -> dict[str, Any]:
         """Write the summary of all samples."""
         by_place = {sample.place: sample for sample in self.samples}
         samples = [by_place[prompt.prompt.id, k] for prompt in prompts for k in range(evaluation.samples)]
         n = evaluation.samples
         rewards_PN = [[sample.reward for sample in samples[i : i + n]] for i in range(0, len(samples), n)]
+        figures = summary_of(samples, evaluation, threshold=threshold)
         summary = {
             "title": title,
             "problems": len(prompts),
             "samples": n,
             "tokens": sum(sample.tokens for sample in samples),
-            **{key.removeprefix("eval/"): asdict(value) for key, value in summary_of(samples, evaluation).items()},
-            "reasons": dict(Counter(sample.reason for sample in samples).most_common()),
+            **{key.removeprefix("eval/"): asdict(value) for key, value in figures.items()},
+            "reasons": dict(Counter(countable(sample.reason) for sample in samples).most_common()),
             "scores": dict(zip([p.prompt.id for p in prompts], average(rewards_PN).tolist(), strict=True)),
         }
         _replace(self._folder / SUMMARY, summary)

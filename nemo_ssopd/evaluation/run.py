@@ -1,4 +1,4 @@
-"""One model on every set, on this worker: engine and verifier, batches of problems, files, table.
+"""One model on every set, on this worker: engine and grader, batches of problems, files, table.
 
 Every rank runs the same code; the main process alone reads and writes the results.
 """
@@ -28,7 +28,7 @@ from nemo_ssopd.evaluation.table import cells, column_headings, write_table
 from nemo_ssopd.megatron.runtime import Runtime, initialize, shutdown
 from nemo_ssopd.rollout.collector import RolloutCollector
 from nemo_ssopd.rollout.engine import RolloutEngine
-from nemo_ssopd.rollout.verifier import MathVerifier
+from nemo_ssopd.rollout.graders import Grader, build_grader
 from nemo_ssopd.types import RenderedPrompt
 
 MERGED = ".hf"  # in the model's folder, where the other folders are sets
@@ -43,9 +43,10 @@ def run(config: EvalConfig) -> None:
     writers = open_writers(config, name, source, data) if runtime.is_main else {}
     open_sets = from_main(runtime, [chosen for chosen, writer in writers.items() if not writer.is_finished])
     if open_sets:
+        grader = build_grader(config) if runtime.tp_rank == 0 else None
         merged = Path(config.run_dir) / name / MERGED
         folder = as_hugging_face(source, merged, config.parallel, runtime)
-        collector = build_collector(config, str(folder), data, runtime)
+        collector = build_collector(config, str(folder), data, runtime, grader)
         for chosen in open_sets:
             evaluate_set(config, chosen, data.sets[chosen], collector, runtime, writers.get(chosen))
         if runtime.is_main:
@@ -74,13 +75,11 @@ def from_main(runtime: Runtime, value: Any) -> Any:
     return values[0]
 
 
-def build_collector(config: EvalConfig, folder: str, data: EvalData, runtime: Runtime) -> RolloutCollector:
-    """One engine per tensor-parallel group, and on its first rank the verifier."""
-    tensor, verifier = config.engine.tensor_in(config.parallel), None
-    if runtime.tp_rank == 0:
-        verifier = MathVerifier(
-            workers=config.verifier.workers, timeout_s=config.verifier.timeout_s, memory_gb=config.verifier.memory_gb
-        )
+def build_collector(
+    config: EvalConfig, folder: str, data: EvalData, runtime: Runtime, grader: Grader | None
+) -> RolloutCollector:
+    """Build one engine per tensor-parallel group; `grader` is that of its first rank."""
+    tensor = config.engine.tensor_in(config.parallel)
     return RolloutCollector(
         RolloutEngine(
             folder,
@@ -90,7 +89,7 @@ def build_collector(config: EvalConfig, folder: str, data: EvalData, runtime: Ru
             seed=config.evaluation.seed,
             trust_remote_code=config.trust_remote_code,
         ),
-        verifier,
+        grader,
         data.tokenizer,
         stop_token_ids=data.stop_token_ids,
         engine_tensor=tensor,
@@ -127,7 +126,7 @@ def evaluate_set(
         for batch in batches:
             writer.append(batch)
             progress.show(writer.samples, batch)
-    writer.finish(prompts, config.evaluation, title_of(config, chosen))
+    writer.finish(prompts, config.evaluation, title_of(config, chosen), threshold=config.reward.threshold)
     writer.close()
 
 

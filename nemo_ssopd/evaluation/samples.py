@@ -1,6 +1,6 @@
 """Graded completions of held-out problems: drawn, written, read back and summed up.
 
-Training's evaluations and scripts/evaluate.py both come here, with the engine and the verifier that train.
+Training's evaluations and scripts/evaluate.py both come here, with the engine and the grader that train.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _draw(
     groups = collector.generate([prompt.tokens for prompt, _ in wanted], seeds=seeds, sampling=sampling)
     completions = [completion for group in groups for completion in group]
     places = [(prompt.prompt, k) for prompt, numbers in wanted for k in numbers]
-    verdicts = collector.grade(completions, [prompt.answer for prompt, _ in places])
+    verdicts = collector.grade(completions, [prompt for prompt, _ in places])
     return [
         Sample(
             problem=prompt.id,
@@ -115,8 +115,8 @@ def _draw(
 # ---- Summing up ------------------------------------------------------------------------------------------------------
 
 
-def summary_of(samples: Sequence[Sample], config: EvaluationConfig) -> dict[str, Estimate]:
-    """Avg@n, pass@k, maj@k, mean length and truncated share, each with a bootstrap interval over problems.
+def summary_of(samples: Sequence[Sample], config: EvaluationConfig, *, threshold: float) -> dict[str, Estimate]:
+    """Return Avg@n, pass@k, maj@k, mean length and truncated share, each with a bootstrap interval over problems.
 
     `samples` hold `config.samples` of each problem, one problem after the other.
     """
@@ -127,6 +127,7 @@ def summary_of(samples: Sequence[Sample], config: EvaluationConfig) -> dict[str,
         answers_PN=[[sample.answer for sample in row] for row in rows],
         lengths_PN=[[sample.tokens for sample in row] for row in rows],
         truncated_PN=[[sample.truncated for sample in row] for row in rows],
+        threshold=threshold,
         seed=config.seed,
     )
 

@@ -36,49 +36,51 @@ class Estimate:
 
 
 def average(values_PN: ArrayLike) -> Scores:
-    """Mean over the samples of each problem: of rewards Avg@n, of lengths the mean length. Returns [P]."""
+    """Return the mean over the samples of each problem: of rewards Avg@n, of lengths the mean length. Returns [P]."""
     return _table(values_PN).mean(axis=1)
 
 
-def pass_at_k(rewards_PN: ArrayLike, *, k: int) -> Scores:
-    """The chance that k of a problem's samples, drawn without replacement, contain a correct one. Returns [P].
+def pass_at_k(rewards_PN: ArrayLike, *, k: int, threshold: float = 0.5) -> Scores:
+    """Return the chance that k of a problem's samples, drawn without replacement, hold one over the threshold: [P].
 
     1 - C(n - c, k) / C(n, k) with c correct of n (Chen et al., 2021): unbiased, unlike 1 - (1 - c/n)^k.
     """
-    correct_PN = _table(rewards_PN) > 0.5
+    correct_PN = _table(rewards_PN) > threshold
     n = _checked_k(k, correct_PN.shape[1])
     return np.array([1 - comb(n - int(c), k) / comb(n, k) for c in correct_PN.sum(axis=1)])
 
 
-def maj_at_k(rewards_PN: ArrayLike, answers_PN: Sequence[Sequence[str | None]], *, k: int) -> Scores:
-    """The chance that the majority answer among k samples is correct. Returns [P].
+def maj_at_k(
+    rewards_PN: ArrayLike, answers_PN: Sequence[Sequence[str | None]], *, k: int, threshold: float = 0.5
+) -> Scores:
+    """Return the chance that the majority answer among k samples is correct, its reward over the threshold: [P].
 
     A sample votes for its extracted answer, compared as text, and None (no answer found) does not vote. A tie is not
     broken but averaged: the score is the share of the tied answers that are correct, so that no sample order can change
     it. The n samples are read as n // k blocks of k in order, and averaged; what is left over is not used.
     """
-    rewards = _table(rewards_PN)
-    n = _checked_k(k, rewards.shape[1])
-    if [len(answers) for answers in answers_PN] != [n] * len(rewards):
-        raise ValueError(f"answers are not a table of {len(rewards)} problems x {n} samples, as the rewards are")
+    correct_PN = (_table(rewards_PN) > threshold).astype(np.float64)
+    n = _checked_k(k, correct_PN.shape[1])
+    if [len(answers) for answers in answers_PN] != [n] * len(correct_PN):
+        raise ValueError(f"answers are not a table of {len(correct_PN)} problems x {n} samples, as the rewards are")
     starts = range(0, n - k + 1, k)
     return np.array(
         [
-            np.mean([_majority_score(r[start : start + k], a[start : start + k]) for start in starts])
-            for r, a in zip(rewards, answers_PN, strict=True)
+            np.mean([_majority_score(c[start : start + k], a[start : start + k]) for start in starts])
+            for c, a in zip(correct_PN, answers_PN, strict=True)
         ]
     )
 
 
-def _majority_score(rewards: Scores, answers: Sequence[str | None]) -> float:
+def _majority_score(correct: Scores, answers: Sequence[str | None]) -> float:
     votes: dict[str, list[float]] = defaultdict(list)
-    for reward, answer in zip(rewards, answers, strict=True):
+    for is_correct, answer in zip(correct, answers, strict=True):
         if answer is not None:
-            votes[answer].append(float(reward))
+            votes[answer].append(float(is_correct))
     if not votes:
         return 0.0
     most = max(len(voters) for voters in votes.values())
-    # Equal answers have equal rewards, save for one that a time limit took away: hence a mean here too.
+    # Equal answers may differ: a time limit takes a reward away, and a user's function reads more than the answer.
     return float(np.mean([np.mean(voters) for voters in votes.values() if len(voters) == most]))
 
 
@@ -152,9 +154,12 @@ def summarise(
     answers_PN: Sequence[Sequence[str | None]],
     lengths_PN: ArrayLike,
     truncated_PN: ArrayLike,
+    threshold: float = 0.5,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """What an evaluation reports, under its metric keys; n is the number of samples. Truncated means cut at the limit.
+    """Return the figures of an evaluation under their metric keys, for n samples of each problem.
+
+    A sample is correct when its reward is over the threshold; truncated means cut at the limit.
 
     pass@k and maj@k are at n (pass_at_n) and at the powers of two below it (pass_at_1, pass_at_2, ...).
 
@@ -165,8 +170,8 @@ def summarise(
     ks = {str(2**power): 2**power for power in range(n.bit_length()) if 2**power < n} | {"n": n}
     scores = {
         "eval/avg_at_n": average(rewards_PN),
-        **{f"eval/pass_at_{name}": pass_at_k(rewards_PN, k=k) for name, k in ks.items()},
-        **{f"eval/maj_at_{name}": maj_at_k(rewards_PN, answers_PN, k=k) for name, k in ks.items()},
+        **{f"eval/pass_at_{name}": pass_at_k(rewards_PN, k=k, threshold=threshold) for name, k in ks.items()},
+        **{f"eval/maj_at_{name}": maj_at_k(rewards_PN, answers_PN, k=k, threshold=threshold) for name, k in ks.items()},
         "eval/length_mean": average(lengths_PN),
         "eval/truncated_fraction": average(truncated_PN),
     }

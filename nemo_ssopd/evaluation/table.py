@@ -108,6 +108,7 @@ def draw(rows: Sequence[Row], titles: Sequence[str]) -> Figure:
     figure = Figure(figsize=(max(5.0, 1.2 + 1.6 * len(columns)), 3.6), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(rows)
+    lowest, highest = 0.0, 1.0  # rewards of a user's function may go beyond
     for index, row in enumerate(rows):
         for place, estimate in enumerate(_estimates(row, titles)):
             if estimate is None:
@@ -116,9 +117,10 @@ def draw(rows: Sequence[Row], titles: Sequence[str]) -> Figure:
             error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
             axes.bar(x, estimate.value, 0.92 * width, color=COLOURS[index % len(COLOURS)])
             axes.errorbar(x, estimate.value, yerr=np.maximum(error, 0), color=INK, linewidth=1, capsize=2)
+            lowest, highest = min(lowest, estimate.low), max(highest, estimate.high)
         axes.bar(0, 0, color=COLOURS[index % len(COLOURS)], label=row.model)
     axes.set_xticks(range(len(columns)), columns)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(lowest, highest)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_title("Avg@n, 95 % interval", loc="left", fontsize=10.5, fontweight="bold", color=INK)
     axes.grid(axis="y", color=FAINT, linewidth=0.7)

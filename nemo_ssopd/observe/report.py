@@ -19,8 +19,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+
+from nemo_ssopd.algo.selection import is_correct
 
 Row: TypeAlias = dict[str, float | None]
 """One logged step: {"step": 3, "reward/mean": 0.5, ...}; None is a value that was not finite."""
@@ -77,7 +80,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("Training reward", "share correct", (("", "reward/mean"),), percent=True),
+    Panel("Training reward", "mean", (("", "reward/mean"),), percent=True),
     Panel(
         "Held-out problems, 95 % interval",
         "share correct",
@@ -177,8 +180,8 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, running_mean(values, len(values) // 15), color=colour, linewidth=1.8, label=label)
     if panel.percent:
-        # The clipped loss can be negative, and more than the whole KL then cut off.
-        axes.set_ylim(0, max(1.02, 1.05 * largest))
+        # The clipped loss can be negative, and more than the whole KL then cut off; rewards may be any numbers.
+        axes.set_ylim(min(0, 1.05 * smallest), max(1.02, 1.05 * largest))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     elif panel.log and smallest > 0:
         axes.set_yscale("log")
@@ -315,15 +318,17 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(["<table>", row(header, "th"), *(row(line, "td") for line in lines), "</table>"])
 
 
-def last_samples(run_dir: Path, *, per_outcome: int = 3, characters: int = 4000) -> list[dict[str, Any]]:
-    """Some correct and some wrong completions of the newest file in run_dir/eval/, cut to a readable length."""
+def last_samples(
+    run_dir: Path, *, threshold: float = 0.5, per_outcome: int = 3, characters: int = 4000
+) -> list[dict[str, Any]]:
+    """Return some correct and some wrong completions of the newest file in run_dir/eval/, cut to a readable length."""
     files = sorted((run_dir / "eval").glob("*.jsonl"))
     if not files:
         return []
     chosen: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     with files[-1].open(encoding="utf-8") as lines:
         for sample in map(json.loads, lines):
-            some = chosen[sample["reward"] > 0.5]
+            some = chosen[is_correct(sample["reward"], threshold)]
             if len(some) < per_outcome:
                 cut = " [...]" if len(sample["text"]) > characters else ""
                 some.append({**sample, "text": sample["text"][:characters] + cut})
@@ -334,14 +339,16 @@ def write_report(run_dir: Path) -> None:
     """Reads run_dir/metrics.jsonl, config.yaml and eval/, and writes run_dir/report.png and report.html."""
     rows = read_metrics(run_dir)
     title = f"Run {run_dir.resolve().name}"
-    config = run_dir / "config.yaml"
+    file = run_dir / "config.yaml"
+    config = file.read_text(encoding="utf-8") if file.exists() else ""
+    threshold = OmegaConf.select(OmegaConf.create(config), "reward.threshold", default=0.5)
     draw(rows, title=title).savefig(run_dir / "report.png")
     page = render(
         rows,
         title=title,
         png=(run_dir / "report.png").read_bytes(),
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
-        samples=last_samples(run_dir),
+        config=config or None,
+        samples=last_samples(run_dir, threshold=threshold),
     )
     # Completions may hold lone surrogates, which UTF-8 cannot express.
     (run_dir / "report.html").write_text(page, encoding="utf-8", errors="xmlcharrefreplace")

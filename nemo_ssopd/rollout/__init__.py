@@ -1,1 +1,1 @@
-"""Rollouts: the inference engine that samples completions, and the verifier that rewards them."""
+"""Rollouts: the inference engine that samples completions, and the graders that reward them."""

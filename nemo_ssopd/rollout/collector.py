@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from nemo_ssopd.rollout.verifier import MathVerifier, Verdict
-from nemo_ssopd.types import Completion
+from nemo_ssopd.rollout.graders import Grader
+from nemo_ssopd.rollout.verifier import Verdict
+from nemo_ssopd.types import Completion, Prompt
 
 if TYPE_CHECKING:  # vLLM takes many seconds to import; what reads samples needs none of it
     from nemo_ssopd.rollout.engine import RolloutEngine
@@ -45,15 +46,15 @@ def request_seed(*parts: object) -> int:
 
 
 class RolloutCollector:
-    """Generates with every engine of one tensor-parallel group, and grades with one verifier per group.
+    """Generates with every engine of one tensor-parallel group, and grades with one grader per group.
 
-    `verifier` is None on all ranks of the group but the first.
+    `grader` is None on all ranks of the group but the first.
     """
 
     def __init__(
         self,
         engine: RolloutEngine,
-        verifier: MathVerifier | None,
+        grader: Grader | None,
         tokenizer: Any,
         *,
         stop_token_ids: tuple[int, ...],
@@ -61,7 +62,7 @@ class RolloutCollector:
         group: dist.ProcessGroup,
     ) -> None:
         self.engine = engine
-        self._verifier = verifier
+        self._grader = grader
         self._tokenizer = tokenizer
         self._stop_token_ids = stop_token_ids
         self._engine_tensor = engine_tensor
@@ -95,16 +96,16 @@ class RolloutCollector:
     def _decoded(self, completion: Completion) -> Completion:
         return replace(completion, text=self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
 
-    def grade(self, completions: Sequence[Completion], golds: Sequence[str]) -> list[Verdict]:
-        """One verdict per completion; the same list on every rank of the group."""
+    def grade(self, completions: Sequence[Completion], problems: Sequence[Prompt]) -> list[Verdict]:
+        """Return one verdict per completion; the same list on every rank of the group."""
         verdicts: list[Any] = [None]
-        if self._verifier is not None:
-            verdicts = [self._verifier.grade([completion.text for completion in completions], golds)]
+        if self._grader is not None:
+            verdicts = [self._grader.grade([completion.text for completion in completions], problems)]
         dist.broadcast_object_list(verdicts, src=dist.get_global_rank(self._group, 0), group=self._group)
         return verdicts[0]
 
     def close(self) -> None:
         """The last thing that a process does with its process groups: see `RolloutEngine.close`."""
         self.engine.close()
-        if self._verifier is not None:
-            self._verifier.close()
+        if self._grader is not None:
+            self._grader.close()

@@ -28,6 +28,7 @@ from nemo_ssopd.config.plugin import load_function  # noqa: E402
 from nemo_ssopd.config.renamed import with_present_names  # noqa: E402
 from nemo_ssopd.config.run import Config, from_hydra  # noqa: E402
 from nemo_ssopd.data.loading import load_data  # noqa: E402
+from nemo_ssopd.rollout.graders import check_grader  # noqa: E402
 from nemo_ssopd.run.watchdog import last_seen  # noqa: E402
 from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher  # noqa: E402
 
@@ -47,6 +48,7 @@ def _main(composed: DictConfig) -> None:
         if not under_launcher():
             # For their errors: one clear message here, rather than one from every worker.
             load_data(config)
+            check_grader(config)
             for name in config.algorithm.aux_losses:
                 load_function("algorithm.aux_losses", name)
     except ValueError as error:

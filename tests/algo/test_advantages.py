@@ -13,6 +13,15 @@ def test_one_correct_of_four() -> None:
     assert advantages == pytest.approx([-(3**-0.5), 3**0.5, -(3**-0.5), -(3**-0.5)], abs=1e-15)
 
 
+def test_any_finite_rewards() -> None:
+    # mean 5/6; differences -16/30, -4/30, 20/30; population variance (256 + 16 + 400) / 2700 = 56/225.
+    std = 56**0.5 / 15
+    expected = [-16 / 30 / std, -4 / 30 / std, 20 / 30 / std]
+    assert group_advantages([0.3, 0.7, 1.5], eps=0.0) == pytest.approx(expected, abs=1e-14)
+    assert group_advantages([0.3, 0.7, 1.5], kind="mean") == pytest.approx([-16 / 30, -4 / 30, 20 / 30], abs=1e-14)
+    assert group_advantages([-2.0, 0.5], eps=0.0) == [-1.0, 1.0]
+
+
 def test_eps_is_added_to_the_standard_deviation() -> None:
     # mean 1/2, std 1/2.
     assert group_advantages([1.0, 0.0], eps=0.5) == [0.5, -0.5]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_ssopd.algo.selection import frontier_weight, select_pair
+from nemo_ssopd.algo.selection import frontier_weight, select_pair, split
 from nemo_ssopd.types import Pair
 
 
@@ -27,6 +27,17 @@ def test_a_uniform_group_has_no_pair(rewards: list[float]) -> None:
 def test_bad_lengths_are_an_error(lengths: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         select_pair(rewards=[1.0, 0.0], lengths=lengths)
+
+
+def test_the_threshold_is_a_setting() -> None:
+    rewards, lengths = [0.3, 0.7, 1.5, 0.9], [5, 6, 7, 8]
+    assert select_pair(rewards=rewards, lengths=lengths) == Pair(correct=1, wrong=0)
+    assert select_pair(rewards=rewards, lengths=lengths, threshold=0.9) == Pair(correct=2, wrong=3)  # over it, not at
+    assert select_pair(rewards=rewards, lengths=lengths, threshold=1.5) is None
+    assert frontier_weight(rewards, lambda_0=1.0) == 3 / 16
+    assert frontier_weight(rewards, lambda_0=1.0, threshold=0.8) == 1 / 4
+    assert frontier_weight(rewards, lambda_0=1.0, threshold=2.0) == 0.0
+    assert split(rewards, 0.8) == ([2, 3], [0, 1])
 
 
 def test_frontier_weight() -> None:

@@ -113,6 +113,12 @@ def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
         "algorithm.kl_clip": 0.1,
         "algorithm.prefix_tokens": 9,
         "rollout.group_size": 4,
+        "reward.function": "rewards.mine:grade",
+        "reward.threshold": 0.9,
+        "verifier.workers": 2,
+        "verifier.timeout_s": 7.0,
+        "verifier.cpu_s": 3.0,
+        "verifier.memory_gb": 2.0,
     }
     config = from_hydra(
         composed("tiny_cpu", "algorithm=grpo", *(f"{key}='{value}'" for key, value in overrides.items()))
@@ -138,6 +144,13 @@ def test_the_stable_overrides_reach_their_fields(tmp_path: Path) -> None:
         (["algorithm.overlong_buffer=200"], ("algorithm.overlong_buffer=200", "rollout.max_new_tokens=112")),
         (["data.teacher_template=hello"], ("data.teacher_template", "{problem}")),
         (["data.train=missing.jsonl"], ("data.train='missing.jsonl'", "does not exist")),
+        (["reward.function=grade"], ("reward.function='grade'", "package.module:name")),
+        (["reward.function='rewards.py:grade'"], ("reward.function='rewards.py:grade'", "package.module:name")),
+        (["reward.function='my-rewards:grade'"], ("reward.function='my-rewards:grade'", "package.module:name")),
+        (["reward.function='rewards:'"], ("reward.function='rewards:'", "package.module:name")),
+        (["reward.threshold=-0.1"], ("reward.threshold=-0.1", "at least 0")),
+        (["reward.threshold=nan"], ("reward.threshold=nan", "at least 0")),
+        (["verifier.cpu_s=0"], ("verifier.cpu_s=0", "above 0")),
         (["run_dir=???"], ("run_dir", "not set")),
         (["trainer.profile_steps=[3,0]"], ("trainer.profile_steps has 0", "from 1 to trainer.max_steps=40")),
         (["trainer.profile_steps=[41]"], ("trainer.profile_steps has 41", "trainer.max_steps=40")),

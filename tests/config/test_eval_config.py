@@ -73,6 +73,8 @@ def test_models_and_sets_in_every_form(tmp_path: Path) -> None:
         (["engine.tensor=2"], "engine.tensor=2 does not divide parallel.tensor=1"),
         (["parallel.world_size=3", "parallel.tensor=3"], "parallel.tensor=3 does not divide the 4 query heads"),
         (["student_template=hello"], "student_template lacks {problem}"),
+        (["reward.function=grade"], "reward.function='grade': write it as package.module:name"),
+        (["reward.threshold=inf"], "reward.threshold=inf: give a value below inf"),
         (["run_dir=???"], "run_dir not set"),
     ],
 )
@@ -96,6 +98,19 @@ def test_without_a_network_the_error_names_the_file_to_give(monkeypatch: pytest.
     local.write_text(json.dumps({"question": "6*3", "answer": "6*3=<<6*3=18>>18\n#### 1,018"}) + "\n")
     data = load_sets(config("eval_demo", "sets=math", "data=gsm8k", f"sets.gsm8k.source={local}"), DEMO_MODEL)
     assert [prompt.prompt.answer for prompt in data.sets["gsm8k"]] == ["1018"]
+
+
+def test_with_a_reward_function_answers_are_optional_and_rows_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "6*3", "tests": [1, 2]}) + "\n")
+    with pytest.raises(ValueError, match="field 'answer' is missing or empty"):
+        load_sets(config("eval_demo", f"data={rows}"), DEMO_MODEL)
+    data = load_sets(config("eval_demo", f"data={rows}", "reward.function=rewards:grade"), DEMO_MODEL)
+    [prompt] = data.sets["rows"]
+    assert prompt.prompt.row == {"id": "row-1", "problem": "6*3", "answer": "", "solution": None, "tests": [1, 2]}
 
 
 def test_problems_that_cannot_be_asked_are_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_pack_by_hand():
     assert batch.tokens_S.tolist() == [31, 32, 33, 34, 11, 12, 13, 14, 15, 21, 22, 23, 0, 0, 0, 0]
     assert batch.bounds == (0, 4, 9, 12, 16)
     assert batch.index_T.tolist() == [0, 1, 2, 5, 6, 7]
-    assert batch.targets_T.tolist() == [32, 33, 34, 13, 14, 15]
+    assert batch.token_ids_T.tolist() == [32, 33, 34, 13, 14, 15]
     assert batch.offsets == (0, 3, 6, 6)
     assert batch.num_tokens == 6
 
@@ -55,14 +55,14 @@ def test_without_need_there_is_no_padding():
 
 def test_each_target_is_the_token_after_its_index():
     batch = pack(SEQUENCES, (0, 1, 2, 3), pad_id=0, device="cpu")
-    assert torch.equal(batch.tokens_S[batch.index_T + 1], batch.targets_T)
+    assert torch.equal(batch.tokens_S[batch.index_T + 1], batch.token_ids_T)
 
 
 def test_unpack_returns_each_sequence_its_own_values():
     batch = pack(SEQUENCES, (3, 1, 2), pad_id=0, device="cpu")
-    values = unpack(batch.targets_T, batch)
+    values = unpack(batch.token_ids_T, batch)
     assert {row: tuple(tensor.tolist()) for row, tensor in values.items()} == {
         row: SEQUENCES[row].completion for row in (3, 1, 2)
     }
     with pytest.raises(AssertionError):
-        unpack(batch.targets_T[:-1], batch)
+        unpack(batch.token_ids_T[:-1], batch)

@@ -1,4 +1,6 @@
+import datetime
 import json
+import pickle
 import re
 from collections import Counter
 from dataclasses import replace
@@ -69,6 +71,53 @@ def test_a_parquet_file_reads_like_the_same_jsonl(tmp_path):
 def test_the_built_in_task_brings_solutions():
     prompts = load_prompts("demo:products?count=3&split=eval", DATA, need_solution=True)
     assert [prompt.solution is not None for prompt in prompts] == [True, True, True]
+
+
+def test_for_a_reward_function_the_columns_are_kept_and_answers_are_optional(tmp_path):
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        {"id": 3, "question": "1+1?", "answer": "one and one\n#### 2", "level": 4, "tests": [["1", None], {"a": 0.5}]},
+        {"question": "2+2?", "level": 5},
+        {"question": "3+3?", "answer": ["6", "six"]},
+        {"question": "\u00bd?", "answer": " ", "nan": float("nan")},
+    )
+    first, second, third, fourth = load_prompts(path, DATA, for_function=True)
+    assert first.row == {
+        "id": "3",
+        "problem": "1+1?",
+        "answer": "2",  # what the run uses, where the file has a worked solution too
+        "solution": "one and one\n\\boxed{2}",
+        "question": "1+1?",
+        "level": 4,
+        "tests": [["1", None], {"a": 0.5}],
+    }
+    assert (second.answer, second.row["answer"], second.row["id"], second.row["level"]) == ("", "", "row-2", 5)
+    assert (third.answer, third.row["answer"]) == ("", ["6", "six"])
+    assert fourth.answer == "" and fourth.row["nan"] != fourth.row["nan"]
+    first.row["level"] = 9  # the caller's own
+    assert first.row["level"] == 4
+    assert hash(first) != hash(second) and pickle.loads(pickle.dumps(first)) == first
+    assert [prompt.columns for prompt in load_prompts(str(SAMPLE), DATA)] == [""] * 40
+    assert load_prompts("demo:products?count=1", DATA, for_function=True)[0].row.keys() == {
+        "id",
+        "problem",
+        "answer",
+        "solution",
+    }
+
+
+def test_columns_that_json_cannot_express_are_left_out(tmp_path):
+    rows = [{"problem": "p", "image": b"\x00", "when": datetime.date(2025, 1, 1), "scores": [1, 2], "price": 0.25}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    [prompt] = load_prompts(str(tmp_path / "a.parquet"), DATA, for_function=True)
+    assert prompt.row == {
+        "id": "row-1",
+        "problem": "p",
+        "answer": "",
+        "solution": None,
+        "scores": [1, 2],
+        "price": 0.25,
+    }
 
 
 GOOD = {"problem": "p", "answer": "1"}

@@ -32,7 +32,8 @@ class SeededCollector:
         return [[Completion((0,) * (s % 5 + 1), (), str(s), "length" if s % 5 == 4 else "stop", 0) for s in row]
                 for row in seeds]  # fmt: skip
 
-    def grade(self, completions: list[Completion], golds: list[str]) -> list[Verdict]:
+    def grade(self, completions: list[Completion], problems: list[Prompt]) -> list[Verdict]:
+        assert [problem.id for problem in problems] == sorted(problem.id for problem in problems)
         return [Verdict(float(int(c.text) % 2), "correct", c.text[-1]) for c in completions]
 
 
@@ -86,7 +87,7 @@ def test_an_interrupted_file_continues_where_it_ended(collector: SeededCollector
             done={sample.place for sample in writer.samples},
         ):  # type: ignore[arg-type]  # fmt: skip
             writer.append(batch)
-        summary = writer.finish(PROMPTS, CONFIG, "seven")
+        summary = writer.finish(PROMPTS, CONFIG, "seven", threshold=0.5)
         writer.close()
         assert (folder / SAMPLES).read_text() == to_lines(whole)
         assert summary["avg_at_n"]["value"] == pytest.approx(sum(s.reward for s in whole) / 21)
@@ -125,10 +126,30 @@ def test_a_folder_is_neither_overwritten_nor_mixed(tmp_path: Path) -> None:
             SetWriter(tmp_path / "set", other)
 
 
+def test_rewards_beyond_0_and_1_are_averaged_and_counted_over_the_threshold(tmp_path: Path) -> None:
+    rewards = {"p-0": [0.2, 0.7, 1.5], "p-1": [-1.0, 0.7, 0.7]}
+    samples = [
+        Sample(name, k, reward, f"tests: {k} of 3", "8" if reward > 0.5 else None, "", 3, False, "")
+        for name, row in rewards.items()
+        for k, reward in enumerate(row)
+    ]
+    writer = SetWriter(tmp_path / "set", ABOUT)
+    writer.append(samples)
+    summary = writer.finish(PROMPTS[:2], CONFIG, "two", threshold=0.7)
+    writer.close()
+    assert summary["avg_at_n"]["value"] == pytest.approx((2.4 / 3 + 0.4 / 3) / 2)
+    assert summary["scores"] == pytest.approx({"p-0": 0.8, "p-1": 0.4 / 3})
+    # Over 0.7 is the 1.5 alone: one of three, none of three. Its answer has one of two votes in its row.
+    assert summary["pass_at_1"]["value"] == pytest.approx(1 / 6)
+    assert summary["pass_at_n"]["value"] == 0.5
+    assert summary["maj_at_n"]["value"] == 0.25
+    assert summary["reasons"] == {"tests": 6}
+
+
 def test_summary_by_brute_force(collector: SeededCollector) -> None:
     whole = draw(collector)
     rows = [whole[i : i + 3] for i in range(0, 21, 3)]
-    summary = {key: estimate.value for key, estimate in summary_of(whole, CONFIG).items()}
+    summary = {key: estimate.value for key, estimate in summary_of(whole, CONFIG, threshold=0.5).items()}
 
     def of_pairs(row: list[Sample]) -> float:
         return sum(max(a.reward, b.reward) for a in row for b in row if a.sample < b.sample) / 3

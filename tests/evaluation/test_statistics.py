@@ -99,6 +99,16 @@ def test_paired_bootstrap_cancels_the_difficulty_of_problems() -> None:
     assert paired_bootstrap(b, a, resamples=500).value == pytest.approx(-0.1)
 
 
+def test_the_threshold_decides_what_is_correct() -> None:
+    rewards = [[0.2, 0.9, 1.5, -1.0], [0.9, 0.9, 0.9, 0.9]]
+    assert average(rewards) == pytest.approx([0.4, 0.9])
+    assert pass_at_k(rewards, k=1).tolist() == [0.5, 1.0]
+    assert pass_at_k(rewards, k=1, threshold=0.9).tolist() == [0.25, 0.0]  # over it, not at it
+    answers = [["7", "8", "8", "7"], ["7"] * 4]
+    assert maj_at_k(rewards, answers, k=4).tolist() == [0.5, 1.0]  # 7 and 8 tie, and both rewards of 8 are over 0.5
+    assert maj_at_k(rewards, answers, k=4, threshold=0.9).tolist() == [0.25, 0.0]
+
+
 def test_summary() -> None:
     summary = summarise(
         rewards_PN=[[1, 0], [0, 0]],

@@ -23,7 +23,7 @@ from nemo_ssopd.run.signals import EXIT_STOPPED
 from nemo_ssopd.run.watchdog import Beat, read_beat
 
 ROOT = Path(__file__).parents[2]
-GRADING = ROOT / "nemo_ssopd" / "rollout" / "grading.py"
+GRADING = "nemo_ssopd.rollout.grading_worker"
 BOUND_S = 400  # of a whole run, on a busy machine
 VOLATILE = ("time/", "memory/", "progress/tokens_per_second")
 STEPS = 8
@@ -81,7 +81,7 @@ def of_run(run_dir: Path) -> list[str]:
     found = []
     for process in psutil.process_iter(["cmdline", "ppid"]):
         line = " ".join(process.info["cmdline"] or ())
-        if f"run_dir={run_dir}" in line or str(GRADING) in line and process.info["ppid"] == 1:
+        if f"run_dir={run_dir}" in line or GRADING in line and process.info["ppid"] == 1:
             found.append(line)
     return found
 

@@ -34,6 +34,10 @@ from nemo_ssopd.types import TeacherContext, TokenSequence, TrainExample
 TEMPERATURE, CLIP, CLIP_LOW, CLIP_HIGH, REFERENCE_KL, MAX_NEW_TOKENS = 1.1, 0.05, 0.2, 0.25, 0.02, 20
 
 
+PARTLY = {(6, 0), (6, 1), (7, 4)}
+"""Completions and tokens that are read and not counted, in addition to the whole of completion 3."""
+
+
 @dataclass(frozen=True)
 class Recorded:
     """Eight completions of four prompts, two of them distilled. Ratios leave the clip's range; one is masked."""
@@ -65,7 +69,7 @@ def record(path: str) -> Recorded:
         examples.append(
             TrainExample(
                 sequence=sequence,
-                token_weights=(0.0 if i == 3 else 1.0,) * sequence.completion_length,
+                token_weights=tuple(float(i != 3 and (i, t) not in PARTLY) for t in range(sequence.completion_length)),
                 group=i // 2,
                 advantage=advantage,
                 old_logprobs=(exact + noise).float(),
@@ -104,9 +108,10 @@ def reference_loss(student: torch.nn.Module, initial: torch.nn.Module, recorded:
         ratio, advantage = (logp - example.old_logprobs.double()).exp(), example.advantage
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
         k3 = (reference - logp).exp() - (reference - logp) - 1
-        if example.token_weights[0]:
-            sums.append(-(surrogate - REFERENCE_KL * k3).sum())
-            lengths.append(sequence.completion_length)
+        if any(example.token_weights):
+            counted = torch.tensor(example.token_weights, dtype=torch.bool)
+            sums.append(-(surrogate - REFERENCE_KL * k3)[counted].sum())
+            lengths.append(int(counted.sum()))
         if example.teacher is not None:
             teacher = example.teacher.sequence
             with torch.no_grad():

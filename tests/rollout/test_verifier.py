@@ -180,7 +180,7 @@ def test_surrogates_and_null_bytes_around_a_right_answer(verifier: MathVerifier)
 
 
 def _worker_pids(verifier: MathVerifier) -> list[int]:
-    return [worker._process.pid for worker in verifier._all]
+    return [worker._process.pid for worker in verifier._pool._workers]
 
 
 def _alive(pid: int) -> bool:
@@ -249,7 +249,7 @@ def test_a_killed_child_costs_no_answer_and_stop_signals_end_nothing() -> None:
 
 def _kill_children_of(worker: int, done: threading.Event) -> None:
     killed = 0
-    while not done.wait(0.3) or not killed:
+    while not done.wait(1.0) or not killed:
         for pid in _descendants(worker):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -298,7 +298,7 @@ heir = os.fork()  # a relative that keeps the pipes open
 if heir == 0:
     time.sleep(60)
     os._exit(0)
-print(heir, *[worker._process.pid for worker in pool._all], flush=True)
+print(heir, *[worker._process.pid for worker in pool._pool._workers], flush=True)
 pool.grade([r"\\boxed{2^{1000\\cdot 1000\\cdot 1000}}", r"\\boxed{3^{1000\\cdot 1000\\cdot 1000}}"], ["3x", "3x"])
 time.sleep(60)
 """

@@ -1,30 +1,12 @@
-"""The grading recipe for one boxed answer, and the worker process that applies it.
+"""Compare one boxed answer with a gold answer: string code first, math-verify where that cannot tell.
 
-Two halves:
-
-1. String code, imported by the trainer (`verifier.py`): `last_box`, `canonical` and `decide`. It is linear in the text,
-   imports nothing heavy, and settles most answers.
-2. The worker, run as `python grading.py ARGUMENTS`. It imports math-verify once, then grades in a forked child. A child
-   that runs out of CPU time is killed by the kernel (SIGPROF) wherever it is, in the middle of a huge power too; one
-   that segfaults dies alone. Its successor is forked in milliseconds from the same warm image, where a new process
-   would import for a second. A child is also replaced after `ANSWERS_PER_CHILD`, so sympy's caches cannot grow.
-
-trainer <-- length-prefixed JSON over stdin and stdout --> worker <-- the same over a socket pair --> child.
-`docs/verifier.md` explains the recipe and its limits.
+`last_box`, `canonical` and `decide` are linear in the text, import nothing heavy, and settle most answers in the
+trainer. `math_verify_task` imports math-verify and runs in grading workers only. `docs/verifier.md` explains the recipe
+and its limits.
 """
 
-import contextlib
-import gc
-import json
 import logging
-import os
 import re
-import resource
-import select
-import signal
-import socket
-import struct
-import sys
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
@@ -36,7 +18,7 @@ MAX_NESTING = 16
 MAX_POWER_NESTING = 2
 MAX_DIGIT_RUN = 79
 MAX_FACTORIALS = 8
-ANSWERS_PER_CHILD = 256
+PARSED_SIDES = 256  # kept by math-verify's process
 
 # ------------------------------------------------------------------------------------------------ extraction
 
@@ -269,39 +251,8 @@ def _power_nesting(side: str) -> int:
     return deepest
 
 
-# ------------------------------------------------------------------------------------------------ messages
+# ------------------------------------------------------------------------------------------------ math-verify
 
-
-def write_message(fd: int, message: dict[str, object]) -> None:
-    payload = json.dumps(message).encode("ascii")  # ASCII escapes carry any string, lone surrogates included
-    data = struct.pack("!I", len(payload)) + payload
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def read_message(fd: int, read: Callable[[int, int], bytes] = os.read) -> dict[str, object] | None:
-    """The next message, or None at end of file."""
-    header = _read_exactly(fd, 4, read)
-    payload = header and _read_exactly(fd, struct.unpack("!I", header)[0], read)
-    return json.loads(payload) if payload else None
-
-
-def _read_exactly(fd: int, size: int, read: Callable[[int, int], bytes]) -> bytes | None:
-    data = b""
-    while len(data) < size:
-        chunk = read(fd, size - len(data))
-        if not chunk:
-            return None
-        data += chunk
-    return data
-
-
-# ------------------------------------------------------------------------------------------------ worker process
-
-OUT_OF_MEMORY = 12  # exit code of a child
-KILLED = "killed"  # by SIGKILL, which no answer can bring about: somebody else did it
-ATTEMPTS = 3  # for an answer whose child was killed
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a cluster sends them to all processes of a job
 _WARM_UP = [
     r"\frac{1}{2}+\sqrt{3}\pi", r"(1,2)", r"\left[\frac{\pi^2}{8},\infty\right)", r"x^2-3x+1=0", r"\{1,2\}", r"28\%",
     r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\text{Evelyn}", r"1\pm\sqrt{2}", r"90^\circ", r"x\le 5", r"10!", "a,b",
@@ -322,7 +273,7 @@ def _math_verify() -> Callable[[str, str], bool]:
         PSParser.AtomContext.FUNC_GAMMA = lambda self: None
     latex_only = [LatexExtractionConfig(boxed_match_priority=0)]  # the expression extractor takes embedded numbers
 
-    @lru_cache(ANSWERS_PER_CHILD)
+    @lru_cache(PARSED_SIDES)
     def parsed(side: str) -> list[Any]:
         # Without a box, "8\sqrt{10}" parses as 8. No timeouts of theirs: they use SIGALRM and can be swallowed.
         return parse(r"\boxed{" + side + "}", latex_only, parsing_timeout=None)
@@ -337,109 +288,24 @@ def _math_verify() -> Callable[[str, str], bool]:
     return is_equal
 
 
-def _reason(status: int) -> str:
-    """Why a child ended that owed an answer, from its wait status."""
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
-        return "timeout"
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return KILLED
-    return "memory" if os.WIFEXITED(status) and os.WEXITSTATUS(status) == OUT_OF_MEMORY else "crash"
-
-
-class _Child:
-    """A forked process that grades until it is killed or closed."""
-
-    def __init__(self, is_equal: Callable[[str, str], bool], cpu_s: float) -> None:
-        ours, theirs = socket.socketpair()
-        self.answers = 0
-        self._pid = os.fork()
-        if self._pid == 0:
-            ours.close()
-            try:
-                _grade_until_closed(theirs.fileno(), is_equal, cpu_s)
-            except MemoryError:
-                os._exit(OUT_OF_MEMORY)
-            finally:
-                os._exit(0)
-        theirs.close()
-        self._socket = ours
-
-    def grade(self, request: dict[str, object]) -> tuple[str, bool]:
-        """The reason, and whether the child lives on."""
-        self.answers += 1
-        reply = None
-        with contextlib.suppress(OSError):  # killed before it could read, or while it wrote
-            write_message(self._socket.fileno(), request)
-            reply = read_message(self._socket.fileno())
-        if reply is not None:
-            return str(reply["reason"]), True
-        return _reason(self.close()), False
-
-    def close(self) -> int:
-        self._socket.close()
-        return os.waitpid(self._pid, 0)[1]
-
-
-def _grade_until_closed(fd: int, is_equal: Callable[[str, str], bool], cpu_s: float) -> None:
-    while (request := read_message(fd)) is not None:
-        signal.setitimer(signal.ITIMER_PROF, cpu_s)  # SIGPROF has no handler here: the kernel ends the process
-        try:
-            reason = "correct" if is_equal(str(request["answer"]), str(request["gold"])) else "wrong"
-        except MemoryError:
-            raise
-        except Exception:  # whatever else math-verify and sympy raise on an answer: it does not match
-            reason = "wrong"
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        write_message(fd, {"reason": reason})
-
-
-def serve(requests: int, replies: int, trainer_pid: int, cpu_s: float) -> None:
-    """Grade until the trainer closes the pipe or is gone."""
-
-    def read_while_trainer_lives(fd: int, size: int) -> bytes:
-        # A forked relative of the trainer may hold the pipe open after the trainer's death: look at the parent too.
-        while not select.select([fd], [], [], 1.0)[0]:
-            if os.getppid() != trainer_pid:
-                return b""
-        return os.read(fd, size)
-
+def math_verify_task() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Import and warm up math-verify; return the task {"answer", "gold"} -> {"reason": "correct" or "wrong"}."""
     is_equal = _math_verify()
     for example in _WARM_UP:
         is_equal(example, example)
-    gc.collect()
-    gc.freeze()  # keeps the collector in the children from touching, so copying, the shared pages
-    write_message(replies, {"ready": True})
-    child: _Child | None = None
-
-    def grade(request: dict[str, object]) -> str:
-        nonlocal child
-        for _ in range(ATTEMPTS):
-            if child is not None and child.answers >= ANSWERS_PER_CHILD:
-                child.close()
-                child = None
-            child = child or _Child(is_equal, cpu_s)
-            reason, lives = child.grade(request)
-            child = child if lives else None
-            if reason != KILLED:
-                return reason
-        return "crash"
-
-    while (request := read_message(requests, read_while_trainer_lives)) is not None:
-        write_message(replies, {"reason": grade(request)})
+    return equality_task(is_equal)
 
 
-def main(trainer_pid: int, memory_bytes: int, cpu_s: float) -> None:
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    replies = os.dup(1)
-    os.dup2(2, 1)  # a stray print must not enter the protocol
-    try:
-        serve(0, replies, trainer_pid, cpu_s)
-    except (ImportError, MemoryError) as error:
-        write_message(replies, {"error": repr(error)})
+def equality_task(is_equal: Callable[[str, str], bool]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return the task that answers with the comparison. An answer that raises does not match; MemoryError gets out."""
 
+    def compare(request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            matches = is_equal(request["answer"], request["gold"])
+        except MemoryError:
+            raise
+        except Exception:  # whatever math-verify and sympy raise on hostile text
+            matches = False
+        return {"reason": "correct" if matches else "wrong"}
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    return compare
