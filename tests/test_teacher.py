@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_ssopd.algo.groups import pair_metrics
 from nemo_ssopd.config.algorithm import AlgorithmConfig
 from nemo_ssopd.config.run import Config
-from nemo_ssopd.config.sections import DataConfig
+from nemo_ssopd.config.sections import DataConfig, RewardConfig
 from nemo_ssopd.data.templates import load_tokenizer, render_student
 from nemo_ssopd.evaluation.samples import Sample
 from nemo_ssopd.metrics import Metrics
@@ -175,6 +175,17 @@ def test_the_context_fits_to_the_last_token(tokenizer) -> None:
         assert (len(contexts_that_fit), metrics["ssopd/dropped_long_teacher"].value()) == (planned, 1 - planned)
 
 
+def test_the_threshold_decides_who_is_correct(tokenizer) -> None:
+    def graded(made: RolloutGroup, threshold: float) -> RolloutGroup:
+        rollouts = tuple(replace(rollout, reward=0.3 + 0.5 * rollout.reward) for rollout in made.rollouts)
+        return replace(made, rollouts=rollouts, threshold=threshold)
+
+    of_0_and_1, _ = plan(tokenizer, GROUPS)
+    assert plan(tokenizer, [graded(made, 0.5) for made in GROUPS])[0] == of_0_and_1
+    for threshold in (0.1, 0.8):  # all are correct, all are wrong
+        assert plan(tokenizer, [graded(made, threshold) for made in GROUPS])[0] == {}
+
+
 SAMPLES = [
     Sample(problem, i, reward, "", None, "8", tokens=tokens, truncated=False, text=text)
     for problem, rows in {
@@ -210,6 +221,8 @@ def test_what_the_teacher_reads_of_held_out_problems(tokenizer, settings: dict, 
     prompts = held_out_teacher_prompts(SAMPLES, problems, config, tokenizer, max_length=LONG)
     read = [tokenizer.decode(prompt.tokens).split("\n")[1].split("<|im_end|>")[0] for prompt in prompts]
     assert read == texts
+    strict = replace(config, reward=RewardConfig(threshold=1.0))  # no sample is over it
+    assert held_out_teacher_prompts(SAMPLES, problems, strict, tokenizer, max_length=LONG) == []
     longest = max(len(prompt.tokens) for prompt in prompts)
     shorter = held_out_teacher_prompts(SAMPLES, problems, config, tokenizer, max_length=longest)
     if settings.get("witness") != "none":  # the policy's own prompts were checked before the run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from nemo_ssopd.config.evaluation import EvalConfig
+from nemo_ssopd.config.run import RewardConfig
+from nemo_ssopd.evaluation.data import load_sets
+from nemo_ssopd.evaluation.identity import Identity, identities
 from nemo_ssopd.evaluation.merge import write_merged_adapter
 from nemo_ssopd.evaluation.models import ModelSource, find_model
 
@@ -95,6 +100,23 @@ def test_hugging_face_directories_and_exports(tmp_path: Path) -> None:
     assert find_model(str(DEMO_MODEL)) == ModelSource("hf", str(DEMO_MODEL))
     (tmp_path / "hf").symlink_to(DEMO_MODEL)
     assert find_model(str(tmp_path)) == ModelSource("hf", str(tmp_path / "hf"))
+
+
+def test_an_evaluation_by_another_reward_or_of_other_columns_is_another_one(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    settings = {"run_dir": "unused", "model": str(DEMO_MODEL), "data": str(rows)}
+
+    def identity(level: int, **reward: Any) -> Identity:
+        rows.write_text(json.dumps({"problem": "6*3", "answer": "8", "level": level}) + "\n")
+        config = EvalConfig(**settings, reward=RewardConfig(**reward))
+        return identities(config, find_model(str(DEMO_MODEL)), load_sets(config, DEMO_MODEL))["rows"]
+
+    plain, by_function = identity(1), identity(1, function="rewards:grade")
+    assert plain == identity(2)  # math-verify does not see the level
+    assert by_function == identity(1, function="rewards:grade")
+    for other in (identity(2, function="rewards:grade"), identity(1, function="rewards:other"), plain):
+        assert other != by_function
+    assert identity(1, threshold=0.7) != plain
 
 
 def test_a_base_model_that_has_moved_is_named(tmp_path: Path) -> None:

@@ -125,6 +125,17 @@ def test_reading(tmp_path: Path) -> None:
     assert last_samples(tmp_path) == []
 
 
+def test_rewards_of_a_user_s_function_are_drawn_and_sorted_by_the_run_s_threshold(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    assert [sample["reward"] for sample in last_samples(run_dir, threshold=-1.0)] == [0.0, 1.0, 0.0]
+    (run_dir / "config.yaml").write_text("reward: {threshold: 1.0}\n")  # no reward is over it: three samples
+    write_report(run_dir)
+    assert (run_dir / "report.html").read_text(encoding="utf-8").count("&lt;script&gt;") == 2 * 3
+    negative = [{"step": step, "reward/mean": step - 2.0} for step in range(1, 5)]
+    [panel] = draw(negative, title="run").axes
+    assert panel.get_ylim()[0] < -1 and panel.get_ylim()[1] > 2
+
+
 def test_running_mean() -> None:
     assert running_mean([0.0, 3.0, 6.0, 9.0], 1) == [1.5, 3.0, 6.0, 7.5]
     assert running_mean([1.0, 2.0], 0) == [1.0, 2.0]
