@@ -1,6 +1,6 @@
 """Low-rank adapters on Megatron-Core's linear layers, one per Hugging Face projection, tensor-parallel.
 
-    add_lora(model, config.lora, seed=config.trainer.seed, runtime=runtime)   # freezes the base
+    add_lora(model, hf, config.lora, seed=config.trainer.seed, runtime=runtime)   # freezes the base
     with adapters_disabled(model):                                            # the base model: teacher and reference
         ...
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -34,35 +34,44 @@ from torch import nn
 
 from nemo_ssopd.config.sections import LoraConfig
 from nemo_ssopd.megatron.runtime import Runtime
+from nemo_ssopd.megatron.shards import shard_of
+from nemo_ssopd.models.family import HFModelConfig, Weight
 
 
-def add_lora(model: GPTModel, lora: LoraConfig, *, seed: int, runtime: Runtime) -> None:
+def add_lora(model: GPTModel, hf: HFModelConfig, lora: LoraConfig, *, seed: int, runtime: Runtime) -> None:
     """Freeze `model` and give every projection an adapter; initial values depend on seed and projection only."""
     model.requires_grad_(False)
-    column = partial(ColumnAdapter, lora=lora, seed=seed, runtime=runtime, config=model.config)
-    row = partial(RowAdapter, lora=lora, seed=seed, runtime=runtime, config=model.config)
-    head_dim, kv_heads = model.config.kv_channels, model.config.num_query_groups
-    kv_out = kv_heads * head_dim
-    q_out = model.config.num_attention_heads * head_dim
-    hidden, ffn = model.config.hidden_size, model.config.ffn_hidden_size
+    make = partial(_adapter, hf=hf, lora=lora, seed=seed, runtime=runtime, config=model.config)
     for layer in model.decoder.layers:
-        name = f"model.layers.{layer.layer_number - 1}"
-        qkv = {
-            "lora_q": column(f"{name}.self_attn.q_proj", hidden, q_out),
-            "lora_k": column(f"{name}.self_attn.k_proj", hidden, kv_out),
-            "lora_v": column(f"{name}.self_attn.v_proj", hidden, kv_out),
-        }
-        gate_up = {
-            "lora_gate": column(f"{name}.mlp.gate_proj", hidden, ffn),
-            "lora_up": column(f"{name}.mlp.up_proj", hidden, ffn),
-        }
-        attention, mlp = layer.self_attention, layer.mlp
-        _attach(attention.linear_qkv, qkv, groups=kv_heads // runtime.tp_size)
-        _attach(attention.linear_proj, {"lora_o": row(f"{name}.self_attn.o_proj", q_out, hidden)})
-        _attach(mlp.linear_fc1, gate_up)
-        _attach(mlp.linear_fc2, {"lora_down": row(f"{name}.mlp.down_proj", ffn, hidden)})
+        _adapt(layer, layer.layer_number - 1, hf, make, runtime)
     if model.pre_process:
         model.embedding.register_forward_hook(_require_grad)
+
+
+def _adapt(
+    layer: nn.Module, number: int, hf: HFModelConfig, make: Callable[[Weight, nn.Module], Adapter], runtime: Runtime
+) -> None:
+    """Give a layer the adapters of its family's table."""
+    for module, weights in hf.family.adapted.items():
+        adapters = {weight.adapter: make(weight.of_layer(number), layer) for weight in weights if weight.adapter}
+        groups = hf.num_kv_heads // runtime.tp_size if weights[0].kind.is_grouped else 1
+        _attach(layer.get_submodule(module), adapters, groups=groups)
+
+
+def _adapter(
+    weight: Weight,
+    layer: nn.Module,
+    *,
+    hf: HFModelConfig,
+    lora: LoraConfig,
+    seed: int,
+    runtime: Runtime,
+    config: TransformerConfig,
+) -> Adapter:
+    shard = shard_of(weight, layer, hf)
+    split_as = ColumnAdapter if shard.kind.axis == 0 else RowAdapter
+    out_features, in_features = shard.whole_shape(runtime.tp_size)
+    return split_as(weight.projection, in_features, out_features, lora=lora, seed=seed, runtime=runtime, config=config)
 
 
 @contextmanager
