@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -43,19 +43,12 @@ def add_lora(model: GPTModel, hf: HFModelConfig, lora: LoraConfig, *, seed: int,
     model.requires_grad_(False)
     make = partial(_adapter, hf=hf, lora=lora, seed=seed, runtime=runtime, config=model.config)
     for layer in model.decoder.layers:
-        _adapt(layer, layer.layer_number - 1, hf, make, runtime)
+        for module, weights in hf.family.adapted_in(layer.layer_number - 1).items():
+            named = {name: make(weight, layer) for name, weight in weights.items()}
+            is_grouped = any(weight.kind.is_grouped for weight in weights.values())
+            _attach(layer, module, named, groups=hf.num_kv_heads // runtime.tp_size if is_grouped else 1)
     if model.pre_process:
         model.embedding.register_forward_hook(_require_grad)
-
-
-def _adapt(
-    layer: nn.Module, number: int, hf: HFModelConfig, make: Callable[[Weight, nn.Module], Adapter], runtime: Runtime
-) -> None:
-    """Give a layer the adapters of its family's table."""
-    for module, weights in hf.family.adapted.items():
-        adapters = {weight.adapter: make(weight.of_layer(number), layer) for weight in weights if weight.adapter}
-        groups = hf.num_kv_heads // runtime.tp_size if weights[0].kind.is_grouped else 1
-        _attach(layer.get_submodule(module), adapters, groups=groups)
 
 
 def _adapter(
@@ -222,8 +215,9 @@ class _AdaptedLinear(nn.Module):
         return sharded
 
 
-def _attach(linear: nn.Module, named: Mapping[str, Adapter], *, groups: int = 1) -> None:
-    """Turn `linear` into an adapted one in place, as FSDP does: its parameters and their names stay as they are."""
+def _attach(layer: nn.Module, module: str, named: Mapping[str, Adapter], *, groups: int) -> None:
+    """Turn a linear module into an adapted one in place, as FSDP does: its parameters and their names stay."""
+    linear = layer.get_submodule(module)
     for name, adapter in named.items():
         linear.add_module(name, adapter)
     linear.__class__ = type(f"Adapted{type(linear).__name__}", (_AdaptedLinear, type(linear)), {})

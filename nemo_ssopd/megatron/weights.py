@@ -143,8 +143,8 @@ def _shards(model: GPTModel, hf: HFModelConfig, in_memory: InMemory = nullcontex
             yield shard_of(family.embedding, model, hf)
     for layer in model.decoder.layers:
         with in_memory(layer):
-            for weight in family.layer:
-                yield shard_of(weight.of_layer(layer.layer_number - 1), layer, hf)
+            for weight in family.weights_of(layer.layer_number - 1):
+                yield shard_of(weight, layer, hf)
     if model.post_process:
         with in_memory(model.decoder.final_layernorm):
             yield shard_of(family.final_norm, model, hf)

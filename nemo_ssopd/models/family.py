@@ -109,10 +109,6 @@ class Weight:
         """Name of the Hugging Face module that owns the tensor."""
         return self.name.rpartition(".")[0]
 
-    def of_layer(self, number: int) -> Weight:
-        """Put the layer's number into the name."""
-        return replace(self, name=self.name.format(layer=number))
-
 
 @dataclass(frozen=True)
 class Family:
@@ -135,13 +131,16 @@ class Family:
     fp8_modules: tuple[str, ...]
     """Modules of a Transformer Engine layer that have FP8 scales. Bridge wants a state for each."""
 
-    @property
-    def adapted(self) -> dict[str, list[Weight]]:
-        """Weights of a layer that have adapters, by module and in the order of their rows in it."""
-        by_module: dict[str, list[Weight]] = {}
-        for weight in sorted(self.layer, key=lambda weight: weight.kind.value):
+    def weights_of(self, layer: int) -> list[Weight]:
+        """The table of one decoder layer, counted from 0, under the tensors' full names."""
+        return [replace(weight, name=weight.name.format(layer=layer)) for weight in self.layer]
+
+    def adapted_in(self, layer: int) -> dict[str, dict[str, Weight]]:
+        """Those of the layer's weights that have adapters, by module and adapter, in the order of the module's rows."""
+        by_module: dict[str, dict[str, Weight]] = {}
+        for weight in sorted(self.weights_of(layer), key=lambda weight: weight.kind.value):
             if weight.adapter:
-                by_module.setdefault(weight.module, []).append(weight)
+                by_module.setdefault(weight.module, {})[weight.adapter] = weight
         return by_module
 
     @property

@@ -29,7 +29,7 @@ from tests.distributed import run_distributed
 from tests.megatron.hf_models import load_megatron, logits_BSV, tokens_BS
 from tools import counts
 
-RECORD = '''
+RECORD = """
 from __future__ import annotations
 
 from typing import Any
@@ -89,7 +89,7 @@ FAMILY = Family(
     megatron=megatron,
     fp8_modules=llama.FAMILY.fp8_modules,
 )
-'''
+"""
 
 # transformers' names in the toy's place, longest first.
 NAMES = {
@@ -229,7 +229,7 @@ def test_what_is_derived_from_the_record(toy: Toy, monkeypatch: pytest.MonkeyPat
     assert layout["activation_func"] == {"_call_": False, "_target_": "torch.nn.functional.silu"}
     assert "decoder.layers.1.self_attention.q_layernorm" in extra_states(hf)
 
-    # Counts on one of two ranks: 8 query heads, 4 key-value heads, each of width 16; half of 56; half of 97, rounded up.
+    # Counts on one of two ranks: 8 query heads, 4 key-value heads, 16 wide; half of 56; 97 padded to 98.
     q, kv, ffn, vocabulary = 8 * 16 // 2, 4 * 16 // 2, 56 // 2, 49
     layer = 32 * (q + 2 * kv) + (q + 2 * kv) + 2 * 16 + q * 32 + 3 * 32 * ffn + 2 * 32
     assert counts.parameters(hf, 2) == 2 * vocabulary * 32 + 2 * layer + 32
