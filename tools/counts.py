@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nemo_ssopd.config.run import LoraConfig, ModelConfig, ParallelConfig
+from nemo_ssopd.config.sections import LoraConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.lora import add_lora
 from nemo_ssopd.megatron.model import build_model
 from nemo_ssopd.megatron.runtime import Runtime, shutdown

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from nemo_ssopd import models
-from nemo_ssopd.config.run import LoraConfig, ModelConfig, ParallelConfig
+from nemo_ssopd.config.sections import LoraConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.convert.bridge import extra_states, run_config
 from nemo_ssopd.convert.exporting import export_adapter, export_hf
 from nemo_ssopd.megatron.lora import ColumnAdapter, adapters, add_lora
