@@ -85,7 +85,7 @@ def worker(name: str, overrides: list[str]) -> None:
     from nemo_ssopd.config.run import context_length, engine_tensor  # noqa: PLC0415
     from nemo_ssopd.megatron.policy import MegatronPolicy  # noqa: PLC0415
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
-    from nemo_ssopd.models.hf_config import read_hf_config  # noqa: PLC0415
+    from nemo_ssopd.models.family import read_hf_config  # noqa: PLC0415
     from nemo_ssopd.rollout.engine import RolloutEngine  # noqa: PLC0415
     from nemo_ssopd.teacher import read_by_teacher  # noqa: PLC0415
     from nemo_ssopd.types import TeacherContext, TokenSequence  # noqa: PLC0415
@@ -93,8 +93,8 @@ def worker(name: str, overrides: list[str]) -> None:
 
     config = as_dataclasses(compose_run(name, overrides))
     hf = read_hf_config(config.model.path)
-    runtime = initialize(config.parallel, seed=1)
     phases = plan(config, hf, Machine(on_cuda=False)).phases
+    runtime = initialize(config.parallel, seed=1)
     update, stages = phases["update"], {}
     start = resident()
 

@@ -64,7 +64,7 @@ def worker(model: str, dtype: str, mode: str) -> dict[str, float]:
     from nemo_ssopd.megatron.refit import refit  # noqa: PLC0415
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
     from nemo_ssopd.megatron.weights import peft_weights  # noqa: PLC0415
-    from nemo_ssopd.models.hf_config import read_hf_config  # noqa: PLC0415
+    from nemo_ssopd.models.family import read_hf_config  # noqa: PLC0415
     from nemo_ssopd.rollout.engine import RolloutEngine  # noqa: PLC0415
     from nemo_ssopd.types import TokenSequence  # noqa: PLC0415
 

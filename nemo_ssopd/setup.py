@@ -22,7 +22,7 @@ from nemo_ssopd.data.prompts import PromptOrder
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import Runtime
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 from nemo_ssopd.observe.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink, WandbSink
 from nemo_ssopd.rollout.collector import RolloutCollector, Sampling, request_seed
 from nemo_ssopd.rollout.engine import RolloutEngine

@@ -66,9 +66,8 @@ class SentTensor:
     step: int
     values: torch.Tensor
 
-    @property
-    def is_vocabulary(self) -> bool:
-        return self.name in ("model.embed_tokens.weight", "lm_head.weight")
+    is_vocabulary: bool = False
+    """It has a row for each token: of the embedding, or of the output layer."""
 
 
 @dataclass(frozen=True)

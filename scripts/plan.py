@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -16,11 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_ssopd.config.run import Config
-from nemo_ssopd.models.hf_config import HFModelConfig
+from nemo_ssopd.models.family import HFModelConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-from tools.memory_plan import GIB, Machine, MemoryPlan, adapters, load, parameters, plan, refusal
+from tools.counts import adapters, parameters  # noqa: E402
+from tools.memory_plan import GIB, Machine, MemoryPlan, load, plan, refusal  # noqa: E402
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 from tools.memory_plan import load  # noqa: E402
 from tools.scaling import Rates, Step, simulate  # noqa: E402

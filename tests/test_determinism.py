@@ -14,7 +14,7 @@ from nemo_ssopd.config.sections import EngineConfig, ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.model import build_model
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import DETERMINISTIC, initialize
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 from nemo_ssopd.rollout import engine
 from nemo_ssopd.setup import fixed_cache
 from tests.distributed import run_distributed

@@ -4,9 +4,10 @@
     memory.phases["update"]["optimizer"]        # bytes
     refusal(config, hf, machine)                # None, or what is too large and which overrides would fit
 
-Counts of parameters, adapters, gradients and optimizer state, and the activations of the CPU's layers, are exact:
-tests/tools/test_plan.py compares them with the real model. What Transformer Engine, vLLM and CUDA take was read from
-their sources or is an assumption, and was not measured; the assumptions are the fields of `Machine`.
+Parameters and adapters are counted in the model itself (`counts`). Gradients and optimizer state follow from them. The
+activations of the CPU's layers are formulas, and exact: tests/tools/test_plan.py compares them with the real model.
+What Transformer Engine, vLLM and CUDA take was read from their sources or is an assumption, and was not measured; the
+assumptions are the fields of `Machine`.
 
 Symbols, all of one rank: N tokens of a micro-batch, H hidden size, Q and KV the widths of its query and key (or value)
 heads, F its share of the MLP width, W its share of the vocabulary.
@@ -21,7 +22,8 @@ from pathlib import Path
 
 from nemo_ssopd.config.compose import as_dataclasses, compose_run
 from nemo_ssopd.config.run import Config, check_numbers, context_length, engine_tensor
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
+from tools.counts import adapters, parameters
 
 SHAPES = Path(__file__).parents[1] / "assets" / "model_shapes"
 GIB = 2**30
@@ -90,25 +92,6 @@ def load(name: str, overrides: Sequence[str]) -> tuple[Config, HFModelConfig]:
     return config, hf
 
 
-# ---- Counts ----------------------------------------------------------------------------------------------------------
-
-
-def parameters(hf: HFModelConfig, tensor: int) -> int:
-    """Elements of the base model on one rank."""
-    w, H = Widths(hf, tensor), hf.hidden_size
-    layer = H * (w.Q + 2 * w.KV) + w.Q * H + 3 * H * w.F + 2 * H
-    layer += 2 * hf.head_dim if hf.qk_norm else 0
-    layer += w.Q + 2 * w.KV if hf.qkv_bias else 0
-    return w.W * H * (1 if hf.tied else 2) + hf.num_layers * layer + H
-
-
-def adapters(hf: HFModelConfig, tensor: int, rank: int) -> int:
-    """Elements of the adapters on one rank: A is [rank, inputs], B is [outputs, rank], one of them split."""
-    w, H = Widths(hf, tensor), hf.hidden_size
-    inputs_and_outputs = (H + w.Q) + 2 * (H + w.KV) + (w.Q + H) + 2 * (H + w.F) + (w.F + H)
-    return hf.num_layers * rank * inputs_and_outputs
-
-
 # ---- Activations -----------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +135,7 @@ class Activations:
         other: float = 4 * N * Q / self.hf.head_dim
         if not self.on_cuda:
             elements += Q  # the sequences' outputs, joined
-        if self.hf.qk_norm:
+        if self.hf.family.megatron(self.hf)["qk_layernorm"]:
             elements += Q + (KV if self.on_cuda else 0)  # on CPU the key's input is inside the projection's output too
             elements += 0 if self.on_cuda or self.config.lora.enabled else Q + KV
             other += 4 * N * (Q + KV) / self.hf.head_dim
@@ -160,10 +143,12 @@ class Activations:
         return N * elements * self.width + other + rotary
 
     def adapters(self) -> float:
-        """The products A x: the column-parallel ones (q, k, v, gate, up) whole, the row-parallel ones split."""
+        """The products A x: those of column-parallel projections (q, k, v, gate, up) whole, the others split."""
         if not self.config.lora.enabled:
             return 0.0
-        return self.tokens * self.config.lora.rank * (5 + 2 / self.sequence_shards) * self.width
+        axes = [weight.kind.axis for weight in self.hf.family.layer if weight.adapter]
+        products = axes.count(0) + axes.count(1) / self.sequence_shards
+        return self.tokens * self.config.lora.rank * products * self.width
 
     def mlp(self) -> float:
         """Gate and up together, silu(gate), up plus its offset, and their product, which the last projection reads. On

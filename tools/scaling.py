@@ -21,8 +21,9 @@ from typing import TypeVar
 import numpy as np
 
 from nemo_ssopd.config.run import Config, engine_tensor
-from nemo_ssopd.models.hf_config import HFModelConfig
-from tools.memory_plan import DTYPE_BYTES, Machine, adapters, parameters, plan
+from nemo_ssopd.models.family import HFModelConfig
+from tools.counts import adapters, parameters
+from tools.memory_plan import DTYPE_BYTES, Machine, plan
 
 Tokens = TypeVar("Tokens", float, np.ndarray)
 

@@ -104,7 +104,7 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 def _run(results: Results, name: str, dtype: str) -> None:
     from benchmarks.gpu_report import setup  # noqa: PLC0415 -- after Transformer Engine is hidden
     from nemo_ssopd.megatron.runtime import initialize  # noqa: PLC0415
-    from nemo_ssopd.models.hf_config import read_hf_config  # noqa: PLC0415
+    from nemo_ssopd.models.family import read_hf_config  # noqa: PLC0415
 
     # The reference runs beside the policy, so each has a folder of its own; the weights are the same.
     size = results.device

@@ -18,7 +18,7 @@ from nemo_ssopd.megatron.lora import adapters
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import initialize
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 from nemo_ssopd.rollout.engine import RolloutEngine
 from nemo_ssopd.types import Completion, TokenSequence
 

@@ -17,7 +17,7 @@ from benchmarks.gpu_report.actor import SHAPES
 from benchmarks.gpu_report.stage import Results
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 from nemo_ssopd.teacher import read_by_teacher
 from nemo_ssopd.types import TeacherContext, TokenSequence, TrainExample
 from tools.memory_plan import Machine, plan
@@ -52,13 +52,13 @@ def run(results: Results) -> None:
         ],
     )
     hf = read_hf_config(path)
+    planned = plan(config, hf, Machine(on_cuda=results.on_cuda)).phases
     runtime = initialize(config.parallel, seed=1)
     actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     examples = memory.full_batch(config, hf.vocab_size, seed=1)
     sequences = [example.sequence for example in examples]
     tokens = sum(len(sequence.tokens) for sequence in sequences)
     aux = setup.distillation(config, actor)
-    planned = plan(config, hf, Machine(on_cuda=results.on_cuda)).phases
 
     def score() -> None:
         actor.logprobs(sequences)

@@ -49,7 +49,7 @@ from nemo_ssopd.convert.exporting import copy_companions
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.metrics import Metrics
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 from nemo_ssopd.run.alarms import RECENT_STEPS
 
 STATE, BEST = "state.json", "best_checkpointed_iteration.txt"

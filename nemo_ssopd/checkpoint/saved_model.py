@@ -26,7 +26,7 @@ from nemo_ssopd.megatron.lora import add_lora
 from nemo_ssopd.megatron.model import DTYPES, build_model
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import InMemory, Rounding, hf_weights, load_hf_weights, peft_weights
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
@@ -153,7 +153,7 @@ def _on_disk(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime) -> 
 def _build(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime, dtype: str) -> GPTModel:
     model = build_model(saved.hf, ModelConfig(path=str(saved.hf_folder), dtype=Dtype(dtype)), parallel, runtime)
     if saved.lora is not None:
-        add_lora(model, saved.lora, seed=0, runtime=runtime)  # what they are drawn as is overwritten
+        add_lora(model, saved.hf, saved.lora, seed=0, runtime=runtime)  # what they are drawn as is overwritten
     return model
 
 

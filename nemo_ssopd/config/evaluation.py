@@ -26,7 +26,7 @@ from nemo_ssopd.config.sections import (
     VerifierConfig,
 )
 from nemo_ssopd.evaluation.models import ModelSource, find_model
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 
 
 @dataclass  # not frozen: OmegaConf makes the values of a dict from it, and could not fill them

@@ -33,7 +33,7 @@ from nemo_ssopd.config.sections import (
     TrainerConfig,
     VerifierConfig,
 )
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 
 
 @dataclass(frozen=True)

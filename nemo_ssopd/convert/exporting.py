@@ -23,7 +23,6 @@ from nemo_ssopd.megatron.runtime import Runtime
 SHARD_BYTES = 4 * 2**30
 HEADER_BYTES = 256 * 2**10
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -66,7 +65,15 @@ def export_adapter(
 
 
 def write_adapter(weights: Weights, lora: LoraConfig, base: str, folder: Path) -> None:
-    """The two files that make an adapter; `weights` under PEFT's names."""
+    """Write the two files of an adapter; `weights` have PEFT's names, which say what it adapts."""
+    projections: dict[str, None] = {}
+
+    def noted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            projections[name.split(".")[-3]] = None  # ...self_attn.q_proj.lora_A.weight
+            yield name, tensor
+
+    write_safetensors(noted(), folder, "adapter_model", shard_bytes=None)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,12 +82,11 @@ def write_adapter(weights: Weights, lora: LoraConfig, base: str, folder: Path) -
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(PROJECTIONS),
+        "target_modules": list(projections),
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_safetensors(weights, folder, "adapter_model", shard_bytes=None)
 
 
 def copy_companions(source: Path, target: Path) -> None:

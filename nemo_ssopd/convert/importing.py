@@ -27,7 +27,7 @@ from nemo_ssopd.convert.bridge import extra_states
 from nemo_ssopd.megatron.model import DTYPES, build_model
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import load_hf_weights, tensor_files
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 
 
 def import_hf(path: str, output: Path, parallel: ParallelConfig, runtime: Runtime, *, dtype: str | None = None) -> Path:

@@ -13,7 +13,7 @@ from nemo_ssopd.config.run import Config
 from nemo_ssopd.data.demo import CorpusExample, demo_corpus
 from nemo_ssopd.data.prompts import load_prompts
 from nemo_ssopd.data.templates import load_tokenizer, render_sft, render_student, stop_token_ids
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 from nemo_ssopd.types import Prompt, RenderedPrompt
 
 logger = logging.getLogger(__name__)

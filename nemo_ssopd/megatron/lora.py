@@ -1,6 +1,6 @@
 """Low-rank adapters on Megatron-Core's linear layers, one per Hugging Face projection, tensor-parallel.
 
-    add_lora(model, config.lora, seed=config.trainer.seed, runtime=runtime)   # freezes the base
+    add_lora(model, hf, config.lora, seed=config.trainer.seed, runtime=runtime)   # freezes the base
     with adapters_disabled(model):                                            # the base model: teacher and reference
         ...
 
@@ -34,35 +34,37 @@ from torch import nn
 
 from nemo_ssopd.config.sections import LoraConfig
 from nemo_ssopd.megatron.runtime import Runtime
+from nemo_ssopd.megatron.shards import shard_of
+from nemo_ssopd.models.family import HFModelConfig, Weight
 
 
-def add_lora(model: GPTModel, lora: LoraConfig, *, seed: int, runtime: Runtime) -> None:
+def add_lora(model: GPTModel, hf: HFModelConfig, lora: LoraConfig, *, seed: int, runtime: Runtime) -> None:
     """Freeze `model` and give every projection an adapter; initial values depend on seed and projection only."""
     model.requires_grad_(False)
-    column = partial(ColumnAdapter, lora=lora, seed=seed, runtime=runtime, config=model.config)
-    row = partial(RowAdapter, lora=lora, seed=seed, runtime=runtime, config=model.config)
-    head_dim, kv_heads = model.config.kv_channels, model.config.num_query_groups
-    kv_out = kv_heads * head_dim
-    q_out = model.config.num_attention_heads * head_dim
-    hidden, ffn = model.config.hidden_size, model.config.ffn_hidden_size
+    make = partial(_adapter, hf=hf, lora=lora, seed=seed, runtime=runtime, config=model.config)
     for layer in model.decoder.layers:
-        name = f"model.layers.{layer.layer_number - 1}"
-        qkv = {
-            "lora_q": column(f"{name}.self_attn.q_proj", hidden, q_out),
-            "lora_k": column(f"{name}.self_attn.k_proj", hidden, kv_out),
-            "lora_v": column(f"{name}.self_attn.v_proj", hidden, kv_out),
-        }
-        gate_up = {
-            "lora_gate": column(f"{name}.mlp.gate_proj", hidden, ffn),
-            "lora_up": column(f"{name}.mlp.up_proj", hidden, ffn),
-        }
-        attention, mlp = layer.self_attention, layer.mlp
-        _attach(attention.linear_qkv, qkv, groups=kv_heads // runtime.tp_size)
-        _attach(attention.linear_proj, {"lora_o": row(f"{name}.self_attn.o_proj", q_out, hidden)})
-        _attach(mlp.linear_fc1, gate_up)
-        _attach(mlp.linear_fc2, {"lora_down": row(f"{name}.mlp.down_proj", ffn, hidden)})
+        for module, weights in hf.family.adapted_in(layer.layer_number - 1).items():
+            named = {name: make(weight, layer) for name, weight in weights.items()}
+            is_grouped = any(weight.kind.is_grouped for weight in weights.values())
+            _attach(layer, module, named, groups=hf.num_kv_heads // runtime.tp_size if is_grouped else 1)
     if model.pre_process:
         model.embedding.register_forward_hook(_require_grad)
+
+
+def _adapter(
+    weight: Weight,
+    layer: nn.Module,
+    *,
+    hf: HFModelConfig,
+    lora: LoraConfig,
+    seed: int,
+    runtime: Runtime,
+    config: TransformerConfig,
+) -> Adapter:
+    shard = shard_of(weight, layer, hf)
+    split_as = ColumnAdapter if shard.kind.axis == 0 else RowAdapter
+    out_features, in_features = shard.whole_shape(runtime.tp_size)
+    return split_as(weight.projection, in_features, out_features, lora=lora, seed=seed, runtime=runtime, config=config)
 
 
 @contextmanager
@@ -213,8 +215,9 @@ class _AdaptedLinear(nn.Module):
         return sharded
 
 
-def _attach(linear: nn.Module, named: Mapping[str, Adapter], *, groups: int = 1) -> None:
-    """Turn `linear` into an adapted one in place, as FSDP does: its parameters and their names stay as they are."""
+def _attach(layer: nn.Module, module: str, named: Mapping[str, Adapter], *, groups: int) -> None:
+    """Turn a linear module into an adapted one in place, as FSDP does: its parameters and their names stay."""
+    linear = layer.get_submodule(module)
     for name, adapter in named.items():
         linear.add_module(name, adapter)
     linear.__class__ = type(f"Adapted{type(linear).__name__}", (_AdaptedLinear, type(linear)), {})

@@ -42,7 +42,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from nemo_ssopd.config.sections import ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.runtime import Runtime
-from nemo_ssopd.models.hf_config import HFModelConfig
+from nemo_ssopd.models.family import HFModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -167,12 +167,14 @@ class _TEBackend(LocalSpecProvider):
 
 def _block_spec(hf: HFModelConfig, config: TransformerConfig, *, with_te: bool) -> TransformerBlockSubmodules:
     backend, norm = (_TEBackend(), TENorm) if with_te else (_LocalBackend(), _TorchRMSNorm)
+    fields = hf.family.megatron(hf)
+    head_norm = norm if fields["qk_layernorm"] else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=backend.column_parallel_linear(),
         core_attention=backend.core_attention(),
         linear_proj=backend.row_parallel_linear(),
-        q_layernorm=norm if hf.qk_norm else IdentityOp,
-        k_layernorm=norm if hf.qk_norm else IdentityOp,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
     )
     layer = TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -181,7 +183,7 @@ def _block_spec(hf: HFModelConfig, config: TransformerConfig, *, with_te: bool) 
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,
-        mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=None),
+        mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=fields.get("num_moe_experts")),
         mlp_bda=get_bias_dropout_add,
         # Checkpoints name the norms as Megatron's own layers do, fused or not.
         sharded_state_dict_keys_map={
@@ -198,22 +200,9 @@ def _transformer_config(
 ) -> TransformerConfig:
     on_cuda = runtime.device.type == "cuda"
     dtype = DTYPES[model.dtype]
+    fields = hf.family.megatron(hf)
     return TransformerConfig(
-        num_layers=hf.num_layers,
-        hidden_size=hf.hidden_size,
-        num_attention_heads=hf.num_heads,
-        num_query_groups=hf.num_kv_heads,
-        kv_channels=hf.head_dim,
-        ffn_hidden_size=hf.ffn_hidden_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=hf.norm_eps,
-        qk_layernorm=hf.qk_norm,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=hf.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        **{**fields, "activation_func": getattr(F, fields["activation_func"])},
         bias_dropout_fusion=False,
         # Both exist on CUDA only, and rotate in float32. Without fusion, Megatron's rotary code reads the sequences'
         # bounds on the host in every layer.

@@ -37,7 +37,7 @@ from nemo_ssopd.megatron.model import DTYPES, build_model, hidden_states, output
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import Rounding, hf_weights, load_hf_weights
 from nemo_ssopd.metrics import Max, Metrics, Sum, fetch, merge
-from nemo_ssopd.models.hf_config import HFModelConfig
+from nemo_ssopd.models.family import HFModelConfig
 from nemo_ssopd.ops.logprobs import linear_logprobs
 from nemo_ssopd.types import PackedBatch, TokenSequence, TrainExample
 
@@ -91,7 +91,7 @@ class MegatronPolicy:
         self.base_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         """Of this rank's shard, without adapters."""
         if config.lora.enabled:
-            add_lora(self.model, config.lora, seed=config.trainer.seed, runtime=runtime)
+            add_lora(self.model, hf, config.lora, seed=config.trainer.seed, runtime=runtime)
         self._initial = None if config.lora.enabled else _copy_of_weights(self.model)
         self._teacher, self._ema_decay = config.algorithm.teacher, config.algorithm.ema_decay
         self.teacher_average = _trained_in_float32(self.model) if self._teacher == "ema" else {}

@@ -51,7 +51,7 @@ def refit(policy: MegatronPolicy, engine: Engine, config: Config, *, policy_vers
     """
     sent: dict[str, SentTensor] = {}
     if config.rollout.refit == "merged":
-        engine.load_weights(_sampled(policy.weights(), sent, turn=policy_version), policy_version=policy_version)
+        engine.load_weights(_sampled(policy, sent, turn=policy_version), policy_version=policy_version)
     elif adapters_enabled(policy.model):
         matrices = list(_scaled(peft_weights(policy.model, policy.runtime), config.lora))
         sent |= {name: SentTensor(name, tuple(matrix.shape), 0, 1, matrix) for name, matrix in matrices}
@@ -70,11 +70,13 @@ def refit(policy: MegatronPolicy, engine: Engine, config: Config, *, policy_vers
         )
 
 
-def _sampled(weights: Weights, sent: dict[str, SentTensor], *, turn: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same weights; of each, `sent` keeps what will be compared."""
-    for name, tensor in weights:
+def _sampled(policy: MegatronPolicy, sent: dict[str, SentTensor], *, turn: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's weights; of each, `sent` keeps what will be compared."""
+    vocabulary = policy.hf.family.vocabulary
+    for name, tensor in policy.weights():
         step = max(1, tensor.shape[-1] // COLUMNS) if tensor.dim() == 2 else 1
-        sent[name] = SentTensor(name, tuple(tensor.shape), turn % step, step, tensor[..., turn % step :: step].clone())
+        values = tensor[..., turn % step :: step].clone()
+        sent[name] = SentTensor(name, tuple(tensor.shape), turn % step, step, values, name in vocabulary)
         yield name, tensor
 
 

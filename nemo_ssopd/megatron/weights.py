@@ -6,8 +6,8 @@
     for name, tensor in peft_weights(model, runtime):        # the adapters by themselves
         ...
 
-Every Hugging Face tensor is, on each rank, a view into one Megatron parameter. That table is written once (`_shards`)
-and read in both directions: loading copies into the view, exporting gathers the views.
+Every Hugging Face tensor is, on each rank, a view into one Megatron parameter. The family's table says which, and is
+read in both directions: loading copies into the view, exporting gathers the views.
 
 A model may also be on the meta device, and have one part at a time in memory: see `hf_weights`.
 """
@@ -17,37 +17,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from safetensors import safe_open
 from torch import nn
 
 from nemo_ssopd.megatron.lora import ColumnAdapter, adapters
 from nemo_ssopd.megatron.runtime import Runtime
-from nemo_ssopd.models.hf_config import HFModelConfig
+from nemo_ssopd.megatron.shards import Shard, shard_of
+from nemo_ssopd.models.family import HFModelConfig, Kind
 
 InMemory: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """This rank's part of one Hugging Face tensor.
-
-    >>> _Shard("model.layers.0.self_attn.q_proj.weight", view, dim=0, shape=(2048, 4096))   # tensor-parallel size 2
-    """
-
-    name: str
-    view: torch.Tensor
-    """Inside the Megatron parameter; its leading axes, flattened, are the rows."""
-    dim: int | None
-    """The axis along which ranks split the tensor; None when each holds all of it."""
-    shape: tuple[int, ...]
-    """Of this rank's part. Beside it, the embedding's last rows may be padding."""
 
 
 class Rounding:
@@ -98,7 +81,7 @@ def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtim
     """
     files = tensor_files(Path(path))
     shards = list(_shards(model, hf))
-    _check_names(Path(path), expected={shard.name for shard in shards}, found=set(files), tied=hf.tied)
+    _check_names(Path(path), expected={shard.name for shard in shards}, found=set(files), hf=hf)
     shards = [shard for shard in shards if not shard.view.is_meta]
     with ExitStack() as stack, torch.no_grad():
         handles = {
@@ -136,8 +119,8 @@ def hf_weights(
             if rounding is not None:
                 rounding.add(weight, delta, local)
         local = local.to(dtype or local.dtype)
-        whole = local if shard.dim is None else runtime.gather_tp(local, shard.dim)
-        yield shard.name, whole[: hf.vocab_size] if _is_vocabulary(shard.name) else whole
+        whole = local if shard.kind.axis is None else runtime.gather_tp(local, shard.kind.axis)
+        yield shard.name, whole[: hf.vocab_size] if shard.kind is Kind.VOCABULARY else whole
     if rounding is not None:
         rounding.reduce(runtime)
 
@@ -152,76 +135,34 @@ def peft_weights(model: nn.Module, runtime: Runtime) -> Iterator[tuple[str, torc
         yield f"{prefix}.lora_B.weight", runtime.gather_tp(b, dim=0) if is_column else b
 
 
-def _shards(model: GPTModel, hf: HFModelConfig, in_memory: InMemory = nullcontext) -> Iterator[_Shard]:
+def _shards(model: GPTModel, hf: HFModelConfig, in_memory: InMemory = nullcontext) -> Iterator[Shard]:
+    """Every tensor of this pipeline stage, in the order of the layers."""
+    family = hf.family
     if model.pre_process:
         with in_memory(model.embedding):
-            yield _rows("model.embed_tokens.weight", model.embedding.word_embeddings.weight)
+            yield shard_of(family.embedding, model, hf)
     for layer in model.decoder.layers:
         with in_memory(layer):
-            yield from _layer(f"model.layers.{layer.layer_number - 1}", layer, hf)
+            for weight in family.weights_of(layer.layer_number - 1):
+                yield shard_of(weight, layer, hf)
     if model.post_process:
         with in_memory(model.decoder.final_layernorm):
-            yield _replicated("model.norm.weight", model.decoder.final_layernorm.weight)
+            yield shard_of(family.final_norm, model, hf)
         if not hf.tied:
             with in_memory(model.output_layer):
-                yield _rows("lm_head.weight", model.output_layer.weight)
+                yield shard_of(family.output, model, hf)
 
 
-def _layer(prefix: str, layer: TransformerLayer, hf: HFModelConfig) -> Iterator[_Shard]:
-    attention, mlp = layer.self_attention, layer.mlp
-    yield _replicated(f"{prefix}.input_layernorm.weight", layer.input_layernorm.weight)
-    yield from _qkv(f"{prefix}.self_attn", "weight", attention.linear_qkv.weight, hf)
-    if hf.qkv_bias:
-        yield from _qkv(f"{prefix}.self_attn", "bias", attention.linear_qkv.bias, hf)
-    if hf.qk_norm:
-        yield _replicated(f"{prefix}.self_attn.q_norm.weight", attention.q_layernorm.weight)
-        yield _replicated(f"{prefix}.self_attn.k_norm.weight", attention.k_layernorm.weight)
-    yield _columns(f"{prefix}.self_attn.o_proj.weight", attention.linear_proj.weight)
-    yield _replicated(f"{prefix}.post_attention_layernorm.weight", layer.pre_mlp_layernorm.weight)
-    gate, up = mlp.linear_fc1.weight.chunk(2, dim=0)
-    yield _rows(f"{prefix}.mlp.gate_proj.weight", gate)
-    yield _rows(f"{prefix}.mlp.up_proj.weight", up)
-    yield _columns(f"{prefix}.mlp.down_proj.weight", mlp.linear_fc2.weight)
-
-
-def _qkv(prefix: str, kind: str, parameter: torch.Tensor, hf: HFModelConfig) -> Iterator[_Shard]:
-    """Megatron lays out one query group after the other: its query heads, then its key head, then its value head."""
-    per_group = hf.num_heads // hf.num_kv_heads
-    groups = parameter.view(-1, per_group + 2, hf.head_dim, *parameter.shape[1:])
-    parts = {"q_proj": groups[:, :per_group], "k_proj": groups[:, per_group], "v_proj": groups[:, per_group + 1]}
-    for projection, view in parts.items():
-        rows = view.numel() // parameter.shape[1:].numel()
-        yield _Shard(f"{prefix}.{projection}.{kind}", view, 0, (rows, *parameter.shape[1:]))
-
-
-def _replicated(name: str, parameter: torch.Tensor) -> _Shard:
-    return _Shard(name, parameter, None, tuple(parameter.shape))
-
-
-def _rows(name: str, parameter: torch.Tensor) -> _Shard:
-    return _Shard(name, parameter, 0, tuple(parameter.shape))
-
-
-def _columns(name: str, parameter: torch.Tensor) -> _Shard:
-    return _Shard(name, parameter, 1, tuple(parameter.shape))
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name in ("model.embed_tokens.weight", "lm_head.weight")
-
-
-def _load_shard(shard: _Shard, source: Any, hf: HFModelConfig, runtime: Runtime) -> None:
+def _load_shard(shard: Shard, source: Any, hf: HFModelConfig, runtime: Runtime) -> None:
     """`source` is a safetensors slice: indexing it reads just that part of the file."""
-    expected = list(shard.shape)
-    if shard.dim is not None:
-        expected[shard.dim] *= runtime.tp_size
-    if _is_vocabulary(shard.name):
+    expected, axis = shard.whole_shape(runtime.tp_size), shard.kind.axis
+    if shard.kind is Kind.VOCABULARY:
         expected[0] = hf.vocab_size
     if source.get_shape() != expected:
         raise ValueError(f"{shard.name} has shape {source.get_shape()} in the file, config.json asks for {expected}")
-    if shard.dim is None:
+    if axis is None:
         shard.view.copy_(source[:])
-    elif shard.dim == 1:
+    elif axis == 1:
         columns = shard.shape[1]
         shard.view.copy_(source[:, runtime.tp_rank * columns : (runtime.tp_rank + 1) * columns])
     else:
@@ -249,10 +190,12 @@ def tensor_files(path: Path) -> dict[str, str]:
         return {name: str(single) for name in tensors.keys()}
 
 
-def _check_names(path: Path, *, expected: set[str], found: set[str], tied: bool) -> None:
+def _check_names(path: Path, *, expected: set[str], found: set[str], hf: HFModelConfig) -> None:
     missing = expected - found
     # Older files carry a rotary buffer, or a second copy of a tied embedding.
-    ignored = {name for name in found if name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    ignored = {name for name in found if name.endswith(".rotary_emb.inv_freq")}
+    if hf.tied:
+        ignored.add(hf.family.output.name)
     extra = found - expected - ignored
     if missing or extra:
         raise ValueError(

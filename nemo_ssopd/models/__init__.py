@@ -1,1 +1,1 @@
-"""What a model family is: one record each."""
+"""One record per model family, in a file of its own: see `family`."""

@@ -17,7 +17,8 @@ import torch
 
 from nemo_ssopd.types import SentTensor
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
+"""The output layer's weight, in every model of vLLM."""
 
 
 def differing_weights(model: Any, sent: Mapping[str, SentTensor], *, packed: bool) -> list[str]:
@@ -25,13 +26,14 @@ def differing_weights(model: Any, sent: Mapping[str, SentTensor], *, packed: boo
 
     `sent` has Hugging Face names; a tied output layer must equal the embedding. `model` is vLLM's, without LoRA.
     """
-    sources = {HEAD: sent[EMBEDDING], **sent} if EMBEDDING in sent else sent
+    embedding = next((name for name, tensor in sent.items() if tensor.is_vocabulary and name != HEAD), None)
+    sources = {HEAD: sent[embedding], **sent} if embedding else sent
     places = _places(model)
     missing = [name for name in places if name not in sources] + [name for name in sent if name not in places]
     return missing + [
         name
         for name, place in places.items()
-        if name in sources and not place.holds(sources[name], packed=packed and name != EMBEDDING)
+        if name in sources and not place.holds(sources[name], packed=packed and name != embedding)
     ]
 
 

@@ -44,7 +44,7 @@ from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import Runtime, initialize
 from nemo_ssopd.megatron.weights import hf_weights
 from nemo_ssopd.metrics import Max, Sum
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 from nemo_ssopd.types import TokenSequence, TrainExample
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import save_random_model

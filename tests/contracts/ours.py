@@ -9,16 +9,18 @@ that the source does not say. An attribute of an attribute whose type nobody kno
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from nemo_ssopd.models.family import families
 from tests.contracts.tables import CALLBACKS, FORWARDS, MIXED_INTO, NARROWER, PACKAGES, TYPES, Callback
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("nemo_ssopd", "benchmarks", "scripts")
+FOLDERS = ("nemo_ssopd", "benchmarks", "scripts", "tools")
 
 
 def callbacks(root: str) -> list[Callback]:
@@ -495,6 +497,25 @@ def find(name: str, source: str) -> _Finder:
     return finder
 
 
+def in_tables() -> list[_Finder]:
+    """The names of Megatron-Core's that stand as text in the families' tables, each table as code that uses them."""
+    finders = []
+    for family in families().values():
+        fields = _literal_keys(ast.parse(inspect.getsource(family.megatron)))
+        lines = [
+            "from megatron.core.models.gpt import GPTModel",
+            "from megatron.core.transformer import TransformerConfig",
+            "from megatron.core.transformer.transformer_layer import TransformerLayer",
+            f"TransformerConfig({', '.join(f'{field}=0' for field in fields)})",
+            "def look_up(model: GPTModel, layer: TransformerLayer): (",
+            *(f"model.{weight.parameter}," for weight in (family.embedding, family.final_norm, family.output)),
+            *(f"layer.{weight.parameter}," for weight in family.layer),
+            ")",
+        ]
+        finders.append(find(f"the table of {family.architecture}", "\n".join(lines)))
+    return finders
+
+
 @cache
 def uses() -> tuple[Use, ...]:
     """Every place where our code needs a name of a package."""
@@ -514,7 +535,7 @@ def _found() -> list[_Finder]:
         finders = [_Finder(module, attributes) for module in _modules().values()]
         for finder in finders:
             finder.visit(finder.module.tree)
-    return finders
+    return finders + in_tables()
 
 
 def wanted_names(root: str) -> list[str]:

@@ -35,7 +35,7 @@ from nemo_ssopd.megatron.lora import adapters
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import initialize
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 from nemo_ssopd.types import TokenSequence
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import load_megatron, save_random_model, tokens_BS

@@ -27,7 +27,7 @@ from nemo_ssopd.config.sections import (
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.megatron.weights import hf_weights, peft_weights
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 from nemo_ssopd.teacher import read_by_teacher
 from nemo_ssopd.types import TeacherContext, TokenSequence, TrainExample
 

@@ -12,7 +12,7 @@ from nemo_ssopd.config.sections import ModelConfig, ParallelConfig
 from nemo_ssopd.megatron.model import build_model, hidden_states, output_weight
 from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.megatron.weights import load_hf_weights
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 
 _SHAPE = {
     "vocab_size": 96,

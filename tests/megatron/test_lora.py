@@ -20,7 +20,7 @@ from nemo_ssopd.megatron.lora import ColumnAdapter, adapters, adapters_disabled,
 from nemo_ssopd.megatron.model import output_weight
 from nemo_ssopd.megatron.runtime import Runtime, initialize
 from nemo_ssopd.megatron.weights import hf_weights, peft_weights
-from nemo_ssopd.models.hf_config import HFModelConfig
+from nemo_ssopd.models.family import HFModelConfig
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import hidden_BSH, load_megatron, logits_BSV, save_random_model, tokens_BS
 
@@ -98,7 +98,7 @@ def adapted_model(path: str, parallel: ParallelConfig, runtime: Runtime, *, reco
     tokens = tokens_BS(hf.vocab_size)
     model.requires_grad_(False)  # as add_lora leaves it: torch.matmul chooses its kernel by it, and so the last bits
     base = logits_BSV(model, hf, runtime, tokens)
-    add_lora(model, LORA, seed=1, runtime=runtime)
+    add_lora(model, hf, LORA, seed=1, runtime=runtime)
     assert torch.equal(logits_BSV(model, hf, runtime, tokens), base), "step 0 must equal the base"
 
     initial = {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
@@ -122,8 +122,8 @@ def adapted_model(path: str, parallel: ParallelConfig, runtime: Runtime, *, reco
 
 def save_adapters(path: str, folder: Path) -> Tensors:
     runtime = initialize(LAYOUTS["tp2"], seed=1)
-    model, _ = load_megatron(path, LAYOUTS["tp2"], runtime)
-    add_lora(model, LORA, seed=1, runtime=runtime)
+    model, hf = load_megatron(path, LAYOUTS["tp2"], runtime)
+    add_lora(model, hf, LORA, seed=1, runtime=runtime)
     _set_random_b(model, runtime)
     dist_checkpointing.save(model.sharded_state_dict(), folder)
     return {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
@@ -136,7 +136,7 @@ def load_adapters(path: str, folder: Path) -> Tensors:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    add_lora(model, LORA, seed=2, runtime=runtime)
+    add_lora(model, hf, LORA, seed=2, runtime=runtime)
     model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
     assert all(torch.equal(tensor, base[name]) for name, tensor in hf_weights(model, hf, runtime, merged=False))
     return {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
@@ -147,8 +147,8 @@ def initial_adapters(path: str) -> list[Tensors]:
     runtime = initialize(LAYOUTS["tp1"], seed=1)
     tensors = []
     for seed in (1, 2):
-        model, _ = load_megatron(path, LAYOUTS["tp1"], runtime)
-        add_lora(model, LORA, seed=seed, runtime=runtime)
+        model, hf = load_megatron(path, LAYOUTS["tp1"], runtime)
+        add_lora(model, hf, LORA, seed=seed, runtime=runtime)
         tensors.append(dict(peft_weights(model, runtime)))
     return tensors
 

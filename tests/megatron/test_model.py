@@ -101,7 +101,7 @@ def packed_and_alone(path: str, parallel: ParallelConfig, recompute: bool) -> tu
     """One micro-batch of unlike lengths with padding behind, and its sequences one by one."""
     runtime = initialize(parallel, seed=1)
     model, hf = load_megatron(path, parallel, runtime, recompute=recompute)
-    add_lora(model, LoraConfig(rank=4, alpha=6.0), seed=1, runtime=runtime)
+    add_lora(model, hf, LoraConfig(rank=4, alpha=6.0), seed=1, runtime=runtime)
     for adapter in adapters(model):  # B begins as zero, which would hide the gradient of A
         torch.nn.init.normal_(adapter.B, std=0.1, generator=torch.Generator().manual_seed(5))
     lengths = (9, 24, 1, 17, 2)

@@ -21,7 +21,7 @@ from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.refit import refit
 from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.megatron.weights import peft_weights
-from nemo_ssopd.models.hf_config import read_hf_config
+from nemo_ssopd.models.family import read_hf_config
 from nemo_ssopd.run.alarms import UnhealthyRun
 from nemo_ssopd.types import TokenSequence
 from tests.distributed import run_distributed

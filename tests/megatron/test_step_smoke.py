@@ -80,7 +80,7 @@ def step(path: str, parallel: ParallelConfig, runtime: Runtime, case: Case) -> t
     """The gradient norm, and the weights after one step of next-token cross-entropy, summed over all tokens."""
     gpt, hf = load_megatron(path, parallel, runtime, recompute=True)
     if case.lora:
-        add_lora(gpt, LoraConfig(rank=4, alpha=8.0), seed=1, runtime=runtime)
+        add_lora(gpt, hf, LoraConfig(rank=4, alpha=8.0), seed=1, runtime=runtime)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=case.distributed_optimizer, overlap_grad_reduce=False
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -19,24 +20,19 @@ from nemo_ssopd.config.sections import LoraConfig, ModelConfig, OptimizerConfig,
 from nemo_ssopd.megatron.model import hidden_states
 from nemo_ssopd.megatron.policy import MegatronPolicy
 from nemo_ssopd.megatron.runtime import initialize
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 from nemo_ssopd.types import TokenSequence, TrainExample
+from scripts.plan import main
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import save_random_model, tokens_BS
 from tests.ops.test_memory import peak_bytes
-from tools.memory_plan import (
-    GIB,
-    Activations,
-    Machine,
-    adapters,
-    load,
-    parameters,
-    plan,
-    refusal,
-)
+from tools.counts import adapters, parameters
+from tools.memory_plan import GIB, Activations, Machine, load, plan, refusal
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = Machine(on_cuda=False)
+Command = Callable[..., tuple[str, str]]
+"""Standard output, and the message that the command exits with."""
 LENGTHS = (24, 11, 30, 7)
 MODELS = ("qwen3_odd", "qwen2", "llama_odd_tied")
 LAYOUTS = {
@@ -137,27 +133,33 @@ def test_the_8b_config_by_hand() -> None:
     assert student.stored() == 36 * 32768 * 4096 * 2 / 2 + angles + final_norm
 
 
+def test_the_script_runs_by_itself() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "plan.py"), "--config-name", "tiny_cpu", "--cpu"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "On one rank: parameters 154,752, adapters 47,104." in done.stdout
+
+
 @pytest.mark.parametrize("name", ["qwen3_1p7b_tp1", "qwen3_4b_tp1", "qwen3_8b_tp2"])
-def test_the_command_accepts_every_shipped_gpu_config(name: str) -> None:
-    done = command("--config-name", name)
-    assert done.returncode == 0, done.stderr
-    assert name in done.stdout and "KV cache" in done.stdout and "total" in done.stdout
+def test_the_command_accepts_every_shipped_gpu_config(name: str, command: Command) -> None:
+    output, error = command("--config-name", name)
+    assert not error
+    assert name in output and "KV cache" in output and "total" in output
     memory = plan(*load(name, []), Machine())
     totals = " | ".join(f"{memory.total(phase) / GIB:.1f}" for phase in memory.phases)
     documented = (ROOT / "docs" / "gpu.md").read_text()
     assert f"| `{name}` | {totals} | {memory.kv_tokens:,} | {sum(memory.host.values()) / GIB:.1f} |" in documented
 
 
-def test_the_command_refuses_with_a_way_out_that_works() -> None:
+def test_the_command_refuses_with_a_way_out_that_works(command: Command) -> None:
     crowded = ("--config-name", "qwen3_8b_tp2", "--gpu-memory-gib", "40", "engine.gpu_memory_utilization=0.7")
-    refused = command(*crowded)
-    assert refused.returncode == 1
-    assert "does not fit: rollout needs" in refused.stderr and "38.0 GiB usable" in refused.stderr
-    remedy = refused.stderr.split("alone would fit: ")[1].split(";")[0].split()
+    _, error = command(*crowded)
+    assert "does not fit: rollout needs" in error and "38.0 GiB usable" in error
+    remedy = error.split("alone would fit: ")[1].split(";")[0].split()
     assert remedy == ["engine.gpu_memory_utilization=0.65"]
-    assert command(*crowded[:-1], *remedy).returncode == 0
-    unknown = command("--config-name", "qwen3_8b_tp2", "trainer.tokens=3")
-    assert unknown.returncode == 1 and "trainer" in unknown.stderr and "Traceback" not in unknown.stderr
+    assert command(*crowded[:-1], *remedy)[1] == ""
+    _, error = command("--config-name", "qwen3_8b_tp2", "trainer.tokens=3")
+    assert error.startswith("error: ") and "trainer" in error
 
 
 def test_each_kind_of_excess_is_named() -> None:
@@ -173,9 +175,19 @@ def test_each_kind_of_excess_is_named() -> None:
     assert "No single change would fit" in (refusal(config, hf, Machine(memory_gib=4)) or "")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(ROOT / "scripts" / "plan.py"), *arguments]
-    return subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run scripts/plan.py in this process."""
+
+    def run(*arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        try:
+            main()
+        except SystemExit as end:
+            return capsys.readouterr().out, str(end.code)
+        return capsys.readouterr().out, ""
+
+    return run
 
 
 # --- what runs in the workers ----------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from scripts.scaling import rates_with
-from tools.memory_plan import adapters, load, parameters
+from tools.counts import adapters, parameters
+from tools.memory_plan import load
 from tools.scaling import (
     Decoding,
     Hardware,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nemo_ssopd.models.hf_config import HFModelConfig, read_hf_config
+from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 
 # The published file of Qwen3-8B (transformers 4), without the fields that nobody reads.
 QWEN3_8B = {
@@ -54,8 +54,6 @@ def test_qwen3_8b(tmp_path: Path) -> None:
         vocab_size=151936,
         max_position_embeddings=40960,
         tied=False,
-        qk_norm=True,
-        qkv_bias=False,
         norm_eps=1e-6,
         rope_theta=1e6,
         rope_scaling=None,
@@ -68,19 +66,22 @@ def test_both_ways_of_writing_rope_parameters(tmp_path: Path) -> None:
     version_5 = {**without(llama, "rope_theta", "rope_scaling"), "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}}
     for config in (version_4, version_5):
         hf = read(tmp_path, config)
-        assert (hf.rope_theta, hf.rope_scaling, hf.qk_norm, hf.qkv_bias) == (5e5, 32.0, False, False)
+        assert (hf.rope_theta, hf.rope_scaling, hf.architecture) == (5e5, 32.0, "LlamaForCausalLM")
 
 
-def test_qwen2_has_biases_and_derives_its_head_dim(tmp_path: Path) -> None:
+def test_qwen2_derives_its_head_dim(tmp_path: Path) -> None:
     config = without({**QWEN3_8B, "architectures": ["Qwen2ForCausalLM"]}, "head_dim", "attention_bias")
     hf = read(tmp_path, {**config, "hidden_size": 2048, "num_attention_heads": 16, "tie_word_embeddings": True})
-    assert (hf.head_dim, hf.qkv_bias, hf.qk_norm, hf.tied) == (128, True, False, True)
+    assert (hf.head_dim, hf.architecture, hf.tied) == (128, "Qwen2ForCausalLM", True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "'Qwen3MoeForCausalLM'.*use one of Qwen3ForCausalLM, Qwen2"),
+        (
+            {"architectures": ["Qwen3MoeForCausalLM"]},
+            "'Qwen3MoeForCausalLM'.*use one of LlamaForCausalLM, Qwen2ForCausalLM, Qwen3F",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
@@ -106,8 +107,8 @@ def test_files_that_are_not_there_or_not_whole(tmp_path: Path) -> None:
 def test_importing_it_is_cheap() -> None:
     """Validation reads it before anything heavy is loaded."""
     code = (
-        "import sys, nemo_ssopd.models.hf_config; "
-        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'vllm')))"
+        "import sys; from nemo_ssopd.models.family import families; families(); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'megatron', 'transformers', 'vllm')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
