@@ -117,7 +117,7 @@ def worker(name: str, overrides: list[str]) -> None:
     refit = peak(lambda: engine.load_weights(actor.weights(), policy_version=2))
     stages["refit, peak"] = phases["refit"]["refit buffers"], refit
 
-    examples = full_batch(config, hf.vocab_size, seed=runtime.dp_rank)
+    examples = full_batch(config, hf.vocab_size, seed=runtime.layout.data.rank)
     first, *others = examples
     read = TokenSequence(first.sequence.tokens[: config.rollout.max_prompt_tokens + config.algorithm.prefix_tokens], 1)
     K = min(config.algorithm.prefix_tokens, read.completion_length)
@@ -128,7 +128,7 @@ def worker(name: str, overrides: list[str]) -> None:
         temperature=config.rollout.temperature,
         chunk_tokens=config.trainer.chunk_tokens,
         vocab_size=hf.vocab_size,
-        group=runtime.tp_group,
+        group=runtime.layout.tensor.group,
     )
     loss = partial(grpo_loss, clip=RatioClip(0.2, 0.2), reference_kl=0.0)
     before = resident()

@@ -61,13 +61,13 @@ class Trainer:
 
     @property
     def prompts_per_rank(self) -> int:
-        return self.config.trainer.prompts_per_step // self.runtime.dp_size
+        return self.config.trainer.prompts_per_step // self.runtime.layout.data.size
 
 
 def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trainer:
     """Build the grader, whose errors are cheap; then the policy; then the engine, in what memory is left."""
     samples = bool(data.train or data.eval)
-    grader = build_grader(config) if samples and runtime.tp_rank == 0 else None
+    grader = build_grader(config) if samples and runtime.layout.tensor.rank == 0 else None
     is_sft = config.algorithm.name == Recipe.sft
     hf = read_hf_config(config.model.path)
     policy = MegatronPolicy(config, hf, runtime, pad_id=data.stop_token_ids[0])
@@ -111,7 +111,7 @@ def distillation(config: Config, hf: HFModelConfig, runtime: Runtime) -> Distill
         temperature=config.rollout.temperature,
         chunk_tokens=config.trainer.chunk_tokens,
         vocab_size=hf.vocab_size,
-        group=runtime.tp_group,
+        group=runtime.layout.tensor.group,
         divergence=config.algorithm.divergence,
         contrast=config.algorithm.contrast,
     )
@@ -138,7 +138,7 @@ def build_collector(
         data.tokenizer,
         stop_token_ids=data.stop_token_ids,
         engine_tensor=engine_tensor(config),
-        group=runtime.tp_cpu_group,
+        group=runtime.layout.tensor_cpu_group,
     )
 
 
@@ -195,7 +195,7 @@ def check_refit(trainer: Trainer, step: int) -> None:
     nearer to the real policy. Refits compare tensors, this the tokens that come of them: graphs, caches and kernels.
     """
     config, policy, collector = trainer.config, trainer.policy, trainer.collector
-    prompt, count = (trainer.data.train or trainer.data.eval)[0].tokens, trainer.runtime.tp_size
+    prompt, count = (trainer.data.train or trainer.data.eval)[0].tokens, trainer.runtime.layout.tensor.size
     sampling = Sampling(config.rollout.temperature, min(config.rollout.max_new_tokens, CHECKED_TOKENS))
     with policy.changed():
         refit(policy, collector.engine, config, policy_version=step)

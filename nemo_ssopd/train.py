@@ -97,7 +97,7 @@ def local_share(trainer: Trainer, examples: Sequence[Example], step: int, attemp
         order = replace(order, seed=-1 - order.seed)
         place = step * trainer.config.algorithm.refills + attempt - 1
     indices = order.indices(place, trainer.config.trainer.prompts_per_step)
-    return [examples[index] for index in indices[trainer.runtime.dp_rank :: trainer.runtime.dp_size]]
+    return [examples[index] for index in indices[trainer.runtime.layout.data.rank :: trainer.runtime.layout.data.size]]
 
 
 def sample_groups(trainer: Trainer, step: int, timer: StageTimer) -> list[RolloutGroup]:
@@ -172,7 +172,7 @@ def score(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[TrainE
 
 def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> None:
     """Every completion and its verdict, to run_dir/rollouts/, one file for each step and data-parallel rank."""
-    if not trainer.config.logging.save_rollouts or trainer.runtime.tp_rank != 0:
+    if not trainer.config.logging.save_rollouts or trainer.runtime.layout.tensor.rank != 0:
         return
     lines = [
         json.dumps(
@@ -192,7 +192,9 @@ def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> N
     ]
     folder = Path(trainer.config.run_dir) / "rollouts"
     folder.mkdir(exist_ok=True)
-    (folder / f"step_{step + 1:06}_rank_{trainer.runtime.dp_rank:04}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / f"step_{step + 1:06}_rank_{trainer.runtime.layout.data.rank:04}.jsonl").write_text(
+        "\n".join(lines) + "\n"
+    )
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, budget: TimeBu
 
 def reduce_over_data_parallel(trainer: Trainer, metrics: Metrics) -> Metrics:
     """Every rank gets all data-parallel ranks' metrics; tensor-parallel peers hold the same, and count once."""
-    own = metrics if trainer.runtime.tp_rank == 0 else {}
+    own = metrics if trainer.runtime.layout.tensor.rank == 0 else {}
     return reduce_across_ranks(own, trainer.runtime.cpu_group)
 
 
@@ -297,8 +299,8 @@ def held_out_samples(trainer: Trainer, prompts: Sequence[RenderedPrompt], evalua
         trainer.collector,
         prompts,
         evaluation,
-        dp_rank=runtime.dp_rank,
-        dp_size=runtime.dp_size,
+        dp_rank=runtime.layout.data.rank,
+        dp_size=runtime.layout.data.size,
         cpu_group=runtime.cpu_group,
     )
     return samples

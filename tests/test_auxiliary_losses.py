@@ -48,7 +48,7 @@ def updated(config: Config, recorded: Recorded, folder: str) -> tuple[float, flo
     actor = build_actor(config)
     build = load_function("algorithm.aux_losses", "positive_examples:build")
     aux = build(config, actor.hf, actor.runtime)
-    rank, size = actor.runtime.dp_rank, actor.runtime.dp_size
+    rank, size = actor.runtime.layout.data.rank, actor.runtime.layout.data.size
     mine = [
         replace(e, token_weights=(0.0,) * len(e.token_weights)) for e in recorded.examples if e.group % size == rank
     ]
@@ -100,5 +100,6 @@ def test_modules_are_found_in_the_working_directory(folder: Path, monkeypatch: p
     monkeypatch.setattr(sys, "path", list(sys.path))
     build = load_function("algorithm.aux_losses", "positive_examples:build")
     config: Any = SimpleNamespace(rollout=SimpleNamespace(temperature=1.0), trainer=SimpleNamespace(chunk_tokens=8))
-    loss = build(config, SimpleNamespace(vocab_size=10), SimpleNamespace(tp_group=None))
+    layout = SimpleNamespace(tensor=SimpleNamespace(group=None))
+    loss = build(config, SimpleNamespace(vocab_size=10), SimpleNamespace(layout=layout))
     assert (loss.area, loss.weight) == ("positive", 0.1)

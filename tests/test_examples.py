@@ -71,7 +71,7 @@ def test_each_completion_is_an_example_with_its_own_advantage() -> None:
 def counts_of_rank(parallel: ParallelConfig, first: int, last: int) -> list[float]:
     runtime = initialize(parallel, seed=1)
     aux = Distillation(0.05, 1.0, 4, 10, None)
-    examples = examples_of(GROUPS[runtime.dp_rank][first:last])
+    examples = examples_of(GROUPS[runtime.layout.data.rank][first:last])
     policy: Any = SimpleNamespace(runtime=runtime)
     counts = MegatronPolicy._denominators(policy, examples, [aux])
     return [float(count) for count in (counts.tokens, counts.completions, *counts.aux)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemo_ssopd.config.sections import LoraConfig, ModelConfig, ParallelConfig
+from nemo_ssopd.megatron.layout import read_layout
 from nemo_ssopd.megatron.lora import add_lora
 from nemo_ssopd.megatron.model import build_model
 from nemo_ssopd.megatron.runtime import Runtime, shutdown
@@ -55,19 +57,12 @@ def _first_of(tensor: int) -> Iterator[Runtime]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor)
     try:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, create_gloo_process_groups=False)
-        group = parallel_state.get_tensor_model_parallel_group()
         yield Runtime(
             rank=0,
             world_size=tensor,
-            tp_rank=0,
-            tp_size=tensor,
-            dp_rank=0,
-            dp_size=1,
             device=torch.device("meta"),
-            tp_group=group,
-            dp_group=parallel_state.get_data_parallel_group(),
-            cpu_group=group,
-            tp_cpu_group=group,
+            layout=read_layout(on_cuda=False, timeout=timedelta(minutes=1)),
+            cpu_group=parallel_state.get_tensor_model_parallel_group(),
             deterministic=False,
         )
     finally:

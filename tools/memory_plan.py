@@ -240,7 +240,7 @@ class MemoryPlan:
 
 def plan(config: Config, hf: HFModelConfig, machine: Machine) -> MemoryPlan:
     """What one rank holds: `rollout` with the engine awake, `teacher` and `update` with it asleep, `refit`."""
-    width, tensor, dp = DTYPE_BYTES[config.model.dtype], config.parallel.tensor, _data_parallel(config)
+    width, tensor, dp = DTYPE_BYTES[config.model.dtype], config.parallel.tensor, config.parallel.data
     static = _static(config, hf, machine)
     engine = _engine(config, hf, machine)
     student = _largest_micro_batch(config, hf, context_length(config), machine)
@@ -274,10 +274,6 @@ def plan(config: Config, hf: HFModelConfig, machine: Machine) -> MemoryPlan:
     )
 
 
-def _data_parallel(config: Config) -> int:
-    return config.parallel.world_size // config.parallel.tensor
-
-
 def _static(config: Config, hf: HFModelConfig, machine: Machine) -> Rows:
     """What stays for the whole run: weights, fp32 gradients, and Adam's two fp32 moments with, unless in float32,
     fp32 weights that the distributed optimizer splits over the data-parallel ranks (ZeRO, Rajbhandari et al. 2020)."""
@@ -290,7 +286,7 @@ def _static(config: Config, hf: HFModelConfig, machine: Machine) -> Rows:
     rows |= {"adapters": added * width} if added else {"initial weights": base * width}
     rows |= {
         "gradients": trained * 4,
-        "optimizer": optimizer / _data_parallel(config) if config.optimizer.distributed else optimizer,
+        "optimizer": optimizer / config.parallel.data if config.optimizer.distributed else optimizer,
     }
     if config.algorithm.teacher == "ema":
         rows["teacher average"] = trained * 4
@@ -339,7 +335,7 @@ def _refit(config: Config, hf: HFModelConfig, machine: Machine) -> float:
 def _largest_micro_batch(config: Config, hf: HFModelConfig, longest: int, machine: Machine) -> Activations:
     """The whole token budget, or one longer sequence; never more than a rank's sequences."""
     group = 1 if config.algorithm.name == "sft" else config.rollout.group_size
-    sequences = config.trainer.prompts_per_step * group // (_data_parallel(config) * config.trainer.updates_per_step)
+    sequences = config.trainer.prompts_per_step * group // (config.parallel.data * config.trainer.updates_per_step)
     tokens = min(max(config.trainer.token_budget, longest), sequences * longest)
     return Activations(config, hf, tokens, longest, machine.on_cuda)
 

@@ -75,5 +75,5 @@ def distillation(config: Config, actor: Any) -> Distillation:
         temperature=config.rollout.temperature,
         chunk_tokens=config.trainer.chunk_tokens,
         vocab_size=actor.hf.vocab_size,
-        group=actor.runtime.tp_group,
+        group=actor.runtime.layout.tensor.group,
     )

@@ -157,7 +157,7 @@ def trainer_logprobs(
         bounds = tuple(range(0, rows * length + 1, length))
         with torch.no_grad():
             hidden_BSH = hidden_states(model, tokens_BS.flatten(), bounds).unflatten(0, (rows, length))
-            weight_VH = runtime.gather_tp(output_weight(model), dim=0)[: saved.hf.vocab_size]
+            weight_VH = runtime.layout.gather_tensor(output_weight(model), dim=0)[: saved.hf.vocab_size]
             return (hidden_BSH @ weight_VH.T).log_softmax(-1)
 
     policy = expected = logprobs()

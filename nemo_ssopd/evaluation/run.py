@@ -43,7 +43,7 @@ def run(config: EvalConfig) -> None:
     writers = open_writers(config, name, source, data) if runtime.is_main else {}
     open_sets = from_main(runtime, [chosen for chosen, writer in writers.items() if not writer.is_finished])
     if open_sets:
-        grader = build_grader(config) if runtime.tp_rank == 0 else None
+        grader = build_grader(config) if runtime.layout.tensor.rank == 0 else None
         merged = Path(config.run_dir) / name / MERGED
         folder = as_hugging_face(source, merged, config.parallel, runtime)
         collector = build_collector(config, str(folder), data, runtime, grader)
@@ -93,7 +93,7 @@ def build_collector(
         data.tokenizer,
         stop_token_ids=data.stop_token_ids,
         engine_tensor=tensor,
-        group=runtime.tp_cpu_group,
+        group=runtime.layout.tensor_cpu_group,
     )
 
 
@@ -107,13 +107,13 @@ def evaluate_set(
 ) -> None:
     """Draw what is missing, batch by batch. `writer` is the main process's."""
     done: set[Place] = from_main(runtime, {sample.place for sample in writer.samples} if writer else None)
-    fill_engines = max(1, config.engine.max_sequences // config.evaluation.samples) * runtime.dp_size
+    fill_engines = max(1, config.engine.max_sequences // config.evaluation.samples) * runtime.layout.data.size
     batches = evaluate(
         collector,
         prompts,
         config.evaluation,
-        dp_rank=runtime.dp_rank,
-        dp_size=runtime.dp_size,
+        dp_rank=runtime.layout.data.rank,
+        dp_size=runtime.layout.data.size,
         cpu_group=runtime.cpu_group,
         batch=config.batch or fill_engines,
         done=done,

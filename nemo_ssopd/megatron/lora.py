@@ -46,7 +46,7 @@ def add_lora(model: GPTModel, hf: HFModelConfig, lora: LoraConfig, *, seed: int,
         for module, weights in hf.family.adapted_in(layer.layer_number - 1).items():
             named = {name: make(weight, layer) for name, weight in weights.items()}
             is_grouped = any(weight.kind.is_grouped for weight in weights.values())
-            _attach(layer, module, named, groups=hf.num_kv_heads // runtime.tp_size if is_grouped else 1)
+            _attach(layer, module, named, groups=hf.num_kv_heads // runtime.layout.tensor.size if is_grouped else 1)
     if model.pre_process:
         model.embedding.register_forward_hook(_require_grad)
 
@@ -63,7 +63,7 @@ def _adapter(
 ) -> Adapter:
     shard = shard_of(weight, layer, hf)
     split_as = ColumnAdapter if shard.kind.axis == 0 else RowAdapter
-    out_features, in_features = shard.whole_shape(runtime.tp_size)
+    out_features, in_features = shard.whole_shape(runtime.layout.tensor.size)
     return split_as(weight.projection, in_features, out_features, lora=lora, seed=seed, runtime=runtime, config=config)
 
 
@@ -122,15 +122,16 @@ class Adapter(nn.Module):
         super().__init__()
         self.hf_name = hf_name
         self.scale = lora.alpha / lora.rank
-        self.tp_group = runtime.tp_group
+        self.tp_group = runtime.layout.tensor.group
         self.sequence_parallel = config.sequence_parallel
         whole = {
             "A": _kaiming_uniform((lora.rank, in_features), seed=seed, name=hf_name),
             "B": torch.zeros(out_features, lora.rank),
         }
+        tensor = runtime.layout.tensor
         for name, matrix in whole.items():
             axis = self.sharded_axis.get(name)
-            part = matrix if axis is None else matrix.chunk(runtime.tp_size, dim=axis)[runtime.tp_rank]
+            part = matrix if axis is None else matrix.chunk(tensor.size, dim=axis)[tensor.rank]
             parameter = nn.Parameter(part.to(runtime.device, config.params_dtype).contiguous())
             if axis is not None:
                 # For Megatron's gradient norm, which counts unmarked parameters on the first rank only.

@@ -239,7 +239,7 @@ class MegatronPolicy:
             *(aux.denominator(examples) for aux in aux_losses),
         ]
         counts = send(torch.tensor(own, dtype=torch.float64), self.runtime.device)
-        dist.all_reduce(counts, group=self.runtime.dp_group)
+        dist.all_reduce(counts, group=self.runtime.layout.data.group)
         tokens, completions, *aux = counts.clamp(min=1).float().unbind()
         return _Denominators(tokens, completions, tuple(aux))
 
@@ -370,7 +370,7 @@ class MegatronPolicy:
             output_weight(self.model),
             packed.token_ids_T,
             temperature=self.temperature,
-            group=self.runtime.tp_group,
+            group=self.runtime.layout.tensor.group,
             chunk_tokens=self.chunk_tokens,
             vocab_size=self.hf.vocab_size,
         )

@@ -22,6 +22,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.megatron.cpu_shim import teach_megatron_the_cpu
+from nemo_ssopd.megatron.layout import Layout, read_layout
 
 DETERMINISTIC = {
     # Read when an attention layer is built: flash-attn and cuDNN then use their deterministic backward.
@@ -43,25 +44,16 @@ class Runtime:
     """This process among the others.
 
     >>> runtime = initialize(ParallelConfig(world_size=8, tensor=2), seed=1)   # on rank 5
-    >>> runtime.tp_rank, runtime.dp_rank, runtime.dp_size, runtime.is_main
-    (1, 2, 4, False)
+    >>> runtime.rank, runtime.layout.tensor.rank, runtime.is_main
+    (5, 1, False)
     """
 
     rank: int
     world_size: int
-    tp_rank: int
-    tp_size: int
-    dp_rank: int
-    dp_size: int
     device: torch.device
-    tp_group: dist.ProcessGroup
-    """The processes that share one copy of the model."""
-    dp_group: dist.ProcessGroup
-    """The processes that hold the same shard of it."""
+    layout: Layout
     cpu_group: dist.ProcessGroup
     """The world, over gloo: for Python objects and CPU tensors."""
-    tp_cpu_group: dist.ProcessGroup
-    """`tp_group`, over gloo."""
     deterministic: bool
     """Whether the same inputs must give the same bits on CUDA too."""
 
@@ -70,17 +62,9 @@ class Runtime:
         return self.rank == 0
 
     def use_device(self) -> None:
-        """Call it in each thread that may reach CUDA: a thread begins on the first GPU, which is another process's."""
+        """Select the device in this thread. A new thread starts on the first GPU, which is another process's."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-
-    def gather_tp(self, shard: torch.Tensor, dim: int) -> torch.Tensor:
-        """The shards of all tensor-parallel ranks, joined along `dim`, on every one of them. Not differentiable."""
-        if self.tp_size == 1:
-            return shard
-        shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(self.tp_size)]
-        dist.all_gather(shards, shard.contiguous(), group=self.tp_group)
-        return torch.cat(shards, dim=dim)
 
 
 def initialize(parallel: ParallelConfig, *, seed: int, deterministic: bool = False) -> Runtime:
@@ -112,19 +96,12 @@ def initialize(parallel: ParallelConfig, *, seed: int, deterministic: bool = Fal
     # The "inference" tracker forks nothing. The models have no dropout, so on CPU no tracked stream is ever drawn from.
     tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=not on_cuda, force_reset_rng=True)
 
-    tp_group = parallel_state.get_tensor_model_parallel_group()
     return Runtime(
         rank=rank,
         world_size=world_size,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel.tensor,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
         device=device,
-        tp_group=tp_group,
-        dp_group=parallel_state.get_data_parallel_group(),
+        layout=read_layout(on_cuda=on_cuda, timeout=timeout),
         cpu_group=dist.new_group(backend="gloo", timeout=timeout),
-        tp_cpu_group=_gloo_tp_group(parallel.tensor, world_size, timeout) if on_cuda else tp_group,
         deterministic=deterministic,
     )
 
@@ -171,12 +148,3 @@ def _launched_as() -> tuple[int, int, int]:
         raise ValueError(f"the environment lacks {', '.join(names)}: start the processes with torchrun or srun")
     rank, world_size, local_rank = (int(os.environ[name]) for name in names)
     return rank, world_size, local_rank
-
-
-def _gloo_tp_group(tensor: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Every process takes part in creating every group, and keeps its own. Tensor-parallel ranks are neighbours."""
-    groups = [
-        dist.new_group(list(range(first, first + tensor)), backend="gloo", timeout=timeout)
-        for first in range(0, world_size, tensor)
-    ]
-    return groups[dist.get_rank() // tensor]

@@ -71,7 +71,7 @@ class Rounding:
 
     def reduce(self, runtime: Runtime) -> None:
         """Sum over the tensor-parallel ranks; all of them call it."""
-        self._sums = runtime.gather_tp(self._sums.to(runtime.device)[None], dim=0).sum(0)
+        self._sums = runtime.layout.gather_tensor(self._sums.to(runtime.device)[None], dim=0).sum(0)
 
 
 def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtime: Runtime) -> None:
@@ -119,7 +119,7 @@ def hf_weights(
             if rounding is not None:
                 rounding.add(weight, delta, local)
         local = local.to(dtype or local.dtype)
-        whole = local if shard.kind.axis is None else runtime.gather_tp(local, shard.kind.axis)
+        whole = local if shard.kind.axis is None else runtime.layout.gather_tensor(local, shard.kind.axis)
         yield shard.name, whole[: hf.vocab_size] if shard.kind is Kind.VOCABULARY else whole
     if rounding is not None:
         rounding.reduce(runtime)
@@ -131,8 +131,8 @@ def peft_weights(model: nn.Module, runtime: Runtime) -> Iterator[tuple[str, torc
         is_column = isinstance(adapter, ColumnAdapter)
         a, b = adapter.A.detach(), adapter.B.detach()
         prefix = f"base_model.model.{adapter.hf_name}"
-        yield f"{prefix}.lora_A.weight", a if is_column else runtime.gather_tp(a, dim=1)
-        yield f"{prefix}.lora_B.weight", runtime.gather_tp(b, dim=0) if is_column else b
+        yield f"{prefix}.lora_A.weight", a if is_column else runtime.layout.gather_tensor(a, dim=1)
+        yield f"{prefix}.lora_B.weight", runtime.layout.gather_tensor(b, dim=0) if is_column else b
 
 
 def _shards(model: GPTModel, hf: HFModelConfig, in_memory: InMemory = nullcontext) -> Iterator[Shard]:
@@ -155,7 +155,7 @@ def _shards(model: GPTModel, hf: HFModelConfig, in_memory: InMemory = nullcontex
 
 def _load_shard(shard: Shard, source: Any, hf: HFModelConfig, runtime: Runtime) -> None:
     """`source` is a safetensors slice: indexing it reads just that part of the file."""
-    expected, axis = shard.whole_shape(runtime.tp_size), shard.kind.axis
+    expected, axis = shard.whole_shape(runtime.layout.tensor.size), shard.kind.axis
     if shard.kind is Kind.VOCABULARY:
         expected[0] = hf.vocab_size
     if source.get_shape() != expected:
@@ -164,10 +164,10 @@ def _load_shard(shard: Shard, source: Any, hf: HFModelConfig, runtime: Runtime) 
         shard.view.copy_(source[:])
     elif axis == 1:
         columns = shard.shape[1]
-        shard.view.copy_(source[:, runtime.tp_rank * columns : (runtime.tp_rank + 1) * columns])
+        shard.view.copy_(source[:, runtime.layout.tensor.rank * columns : (runtime.layout.tensor.rank + 1) * columns])
     else:
         rows = shard.shape[0]
-        start = min(runtime.tp_rank * rows, expected[0])
+        start = min(runtime.layout.tensor.rank * rows, expected[0])
         stop = min(start + rows, expected[0])
         if stop - start < rows:
             shard.view.zero_()

@@ -608,7 +608,7 @@ def _update(actor: MegatronPolicy, state: LoopState) -> tuple[LoopState, float]:
     """Four sequences, the same for every layout: 8 targets each."""
     runtime = actor.runtime
     tokens = torch.randint(96, (4, 12), generator=torch.Generator().manual_seed(state.step))
-    rows = tokens[runtime.dp_rank :: runtime.dp_size].tolist()
+    rows = tokens[runtime.layout.data.rank :: runtime.layout.data.size].tolist()
     examples = [TrainExample(TokenSequence(tuple(row), 4), (1.0,) * 8, group=i) for i, row in enumerate(rows)]
     result = actor.update(examples, sft_loss)
     after = state.after(result.metrics | {"progress/tokens": Sum(32)})

@@ -129,9 +129,11 @@ def changed_actor(config: Config, runtime: Any, *, size: float = 0.1) -> Megatro
             axis = adapter.sharded_axis.get("B")
             shape = list(adapter.B.shape)
             if axis is not None:
-                shape[axis] *= runtime.tp_size
+                shape[axis] *= runtime.layout.tensor.size
             whole = size * torch.randn(shape, generator=generator)
-            adapter.B.copy_(whole if axis is None else whole.chunk(runtime.tp_size, axis)[runtime.tp_rank])
+            adapter.B.copy_(
+                whole if axis is None else whole.chunk(runtime.layout.tensor.size, axis)[runtime.layout.tensor.rank]
+            )
         if not config.lora.enabled:
             for parameter in actor.model.parameters():
                 parameter.mul_(1.25)

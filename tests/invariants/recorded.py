@@ -163,13 +163,15 @@ def build_actor(config: Config) -> MegatronPolicy:
 
 def one_update(actor: MegatronPolicy, recorded: Recorded, *, aux: bool = True):
     """An update on this data-parallel rank's share: whole prompts, dealt out in turn."""
-    rank, size = actor.runtime.dp_rank, actor.runtime.dp_size
+    rank, size = actor.runtime.layout.data.rank, actor.runtime.layout.data.size
     mine = [example for example in recorded.examples if example.group % size == rank]
     with actor.reference():
         reference = actor.logprobs([example.sequence for example in mine])
     mine = [replace(e, reference_logprobs=logprobs) for e, logprobs in zip(mine, reference, strict=True)]
     mine = read_by_teacher(mine, actor)
-    distillation = Distillation(CLIP, TEMPERATURE, actor.chunk_tokens, actor.hf.vocab_size, actor.runtime.tp_group)
+    distillation = Distillation(
+        CLIP, TEMPERATURE, actor.chunk_tokens, actor.hf.vocab_size, actor.runtime.layout.tensor.group
+    )
     loss = partial(grpo_loss, clip=RatioClip(CLIP_LOW, CLIP_HIGH), reference_kl=REFERENCE_KL)
     return actor.update(mine, loss, [distillation] if aux else [])
 

@@ -79,5 +79,5 @@ def hidden_BSH(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def logits_BSV(model: GPTModel, hf: HFModelConfig, runtime: Runtime, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        weight_VH = runtime.gather_tp(output_weight(model), dim=0)
+        weight_VH = runtime.layout.gather_tensor(output_weight(model), dim=0)
         return hidden_BSH(model, tokens) @ weight_VH[: hf.vocab_size].T

@@ -114,7 +114,7 @@ def adapted_model(path: str, parallel: ParallelConfig, runtime: Runtime, *, reco
     for adapter in adapters(model):
         for parameter in (adapter.A, adapter.B):
             if getattr(parameter, "sequence_parallel", False):  # as Megatron's finalize_model_grads does
-                dist.all_reduce(parameter.grad, group=runtime.tp_group)
+                dist.all_reduce(parameter.grad, group=runtime.layout.tensor.group)
             parameter.data = parameter.grad
     gradients = {name: tensor.clone() for name, tensor in peft_weights(model, runtime)}
     return Result(initial, adapted, weights, gradients, merged)
@@ -157,9 +157,13 @@ def _set_random_b(model: GPTModel, runtime: Runtime) -> None:
     """The same whole matrices at every tensor-parallel size."""
     generator = torch.Generator().manual_seed(5)
     for adapter in adapters(model):
-        rows = adapter.B.shape[0] * (runtime.tp_size if isinstance(adapter, ColumnAdapter) else 1)
+        rows = adapter.B.shape[0] * (runtime.layout.tensor.size if isinstance(adapter, ColumnAdapter) else 1)
         whole = torch.randn(rows, LORA.rank, generator=generator) * 0.1
-        part = whole.chunk(runtime.tp_size)[runtime.tp_rank] if isinstance(adapter, ColumnAdapter) else whole
+        part = (
+            whole.chunk(runtime.layout.tensor.size)[runtime.layout.tensor.rank]
+            if isinstance(adapter, ColumnAdapter)
+            else whole
+        )
         adapter.B.data = part.clone()
 
 
@@ -181,8 +185,10 @@ def _check_switch(
 
 
 def _cross_entropy(model: GPTModel, runtime: Runtime, tokens_BS: torch.Tensor) -> torch.Tensor:
-    hidden = copy_to_tensor_model_parallel_region(hidden_BSH(model, tokens_BS), group=runtime.tp_group)
-    logits = gather_from_tensor_model_parallel_region(hidden @ output_weight(model).T, group=runtime.tp_group)
+    hidden = copy_to_tensor_model_parallel_region(hidden_BSH(model, tokens_BS), group=runtime.layout.tensor.group)
+    logits = gather_from_tensor_model_parallel_region(
+        hidden @ output_weight(model).T, group=runtime.layout.tensor.group
+    )
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
 
 

@@ -148,8 +148,10 @@ def what_changes() -> dict[str, bool]:
     """Which of these names mean something else once Megatron has been taught the CPU."""
     before = torch.cuda.current_device, torch.zeros, torch.Tensor.type, megatron_mappings.torch
     runtime = initialize(LAYOUTS["tp2"], seed=1)
-    assert (runtime.tp_size, runtime.dp_size, runtime.dp_rank, runtime.tp_rank) == (2, 1, 0, runtime.rank)
-    assert runtime.gather_tp(torch.full((1, 2), float(runtime.rank)), dim=0)[:, 0].tolist() == [0.0, 1.0]
+    layout = runtime.layout
+    assert (layout.tensor.size, layout.tensor.rank, layout.data.size, layout.data.rank) == (2, runtime.rank, 1, 0)
+    assert [axis.size for axis in (layout.pipeline, layout.context, layout.expert)] == [1, 1, 1]
+    assert runtime.layout.gather_tensor(torch.full((1, 2), float(runtime.rank)), dim=0)[:, 0].tolist() == [0.0, 1.0]
     shutdown()
     after = torch.cuda.current_device, torch.zeros, torch.Tensor.type, megatron_mappings.torch
     names = ("torch.cuda", "torch.zeros", "Tensor.type", "megatron")

@@ -140,7 +140,7 @@ def examine(path: str, mode: str, tensor: int) -> Findings:
         SimpleNamespace(decode=lambda *_, **__: ""),
         stop_token_ids=(),
         engine_tensor=tensor,
-        group=runtime.tp_cpu_group,
+        group=runtime.layout.tensor_cpu_group,
     )
     data = SimpleNamespace(train=[SimpleNamespace(tokens=tuple(range(1, 13)))])
     trainer: Any = SimpleNamespace(config=config, actor=actor, collector=collector, runtime=runtime, data=data)

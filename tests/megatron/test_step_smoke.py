@@ -101,7 +101,7 @@ def step(path: str, parallel: ParallelConfig, runtime: Runtime, case: Case) -> t
     gpt.config.finalize_model_grads_func = finalize_model_grads
     gpt.config.grad_scale_func = optimizer.scale_loss
 
-    tokens = tokens_BS(hf.vocab_size, rows=ROWS).chunk(runtime.dp_size)[runtime.dp_rank]
+    tokens = tokens_BS(hf.vocab_size, rows=ROWS).chunk(runtime.layout.data.size)[runtime.layout.data.rank]
     micro_batches = tokens.split(case.rows_per_microbatch)
 
     def forward_step(
@@ -114,7 +114,7 @@ def step(path: str, parallel: ParallelConfig, runtime: Runtime, case: Case) -> t
         batch_BS: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         # The model leaves the reduction of the hidden gradient to the loss: here Megatron's mapping does it.
-        hidden = copy_to_tensor_model_parallel_region(hidden, group=runtime.tp_group)
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=runtime.layout.tensor.group)
         logits_SBW = (hidden @ output_weight(gpt).T).transpose(0, 1)[:-1].contiguous()
         loss = vocab_parallel_cross_entropy(logits_SBW, batch_BS.T[1:].contiguous()).sum()
         # With calculate_per_token_loss: a sum and the count that finalize_model_grads divides by.

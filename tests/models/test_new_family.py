@@ -273,6 +273,6 @@ def use(record: Path, path: Path, tensor: int, output: Path) -> Found:
 def set_random_b(model: torch.nn.Module, runtime: Runtime) -> None:
     generator = torch.Generator().manual_seed(5)
     for adapter in adapters(model):
-        ranks = runtime.tp_size if isinstance(adapter, ColumnAdapter) else 1
+        ranks = runtime.layout.tensor.size if isinstance(adapter, ColumnAdapter) else 1
         whole = torch.randn(adapter.B.shape[0] * ranks, LORA.rank, generator=generator) * 0.1
-        adapter.B.data = whole.chunk(ranks)[runtime.tp_rank % ranks].clone()
+        adapter.B.data = whole.chunk(ranks)[runtime.layout.tensor.rank % ranks].clone()

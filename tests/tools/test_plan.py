@@ -253,7 +253,7 @@ def update_peak(overrides: list[str]) -> int:
     runtime = initialize(config.parallel, seed=1)
     actor = MegatronPolicy(config, hf, runtime, pad_id=0)
     length, prompt = context_length(config), config.rollout.max_prompt_tokens
-    count = config.trainer.prompts_per_step * 8 // runtime.dp_size
+    count = config.trainer.prompts_per_step * 8 // runtime.layout.data.size
     whole, rest = divmod(min(config.trainer.token_budget, count * length), length)
     lengths = (length,) * whole + ((rest,) if rest else ())
     sequences = [TokenSequence((3,) * length, min(prompt, length)) for length in lengths]
