@@ -1,4 +1,4 @@
-"""Compare one boxed answer with a gold answer: string code first, math-verify where that cannot tell.
+"""Compare one boxed answer with a gold answer: string code first, math-verify for what string code cannot decide.
 
 `last_box`, `canonical` and `decide` are linear in the text, import nothing heavy, and settle most answers in the
 trainer. `math_verify_task` imports math-verify and runs in grading workers only. `docs/verifier.md` explains the recipe
@@ -13,18 +13,18 @@ from functools import lru_cache
 from typing import Any
 
 MAX_BOX_CHARS = 512
-BOX_TRIES = 16  # how many `\boxed` are looked at, from the last one back
+BOX_TRIES = 16  # occurrences of `\boxed` to examine, from the last one back
 MAX_NESTING = 16
 MAX_POWER_NESTING = 2
 MAX_DIGIT_RUN = 79
 MAX_FACTORIALS = 8
-PARSED_SIDES = 256  # kept by math-verify's process
+PARSED_SIDES = 256  # parsed answers that a math-verify process caches
 
 # ------------------------------------------------------------------------------------------------ extraction
 
 
 def last_box(text: str) -> tuple[str | None, str]:
-    r"""The content of the last balanced `\boxed{...}`, and "" or the reason why there is none.
+    r"""Return the content of the last balanced `\boxed{...}` and "", or None and the reason why there is none.
 
     >>> last_box(r"so \boxed{7}, no: \boxed {\frac{1}{2}} and then \boxed{")
     ('\\frac{1}{2}', '')
@@ -52,7 +52,7 @@ def last_box(text: str) -> tuple[str | None, str]:
 
 
 def _closing_brace(text: str) -> int | None:
-    """Index of the brace that closes `text[0]`; a backslash escapes the character after it."""
+    """Return the index of the brace that closes `text[0]`. A backslash escapes the character after it."""
     depth, index = 0, 0
     while index < len(text):
         if text[index] == "\\":
@@ -95,8 +95,8 @@ _REWRITES = [
         (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),
     ]
 ]
-# A space means nothing unless it separates two words or two numbers; after a comma there is always one, so that the
-# pair "32, 349" stays apart from the number "32,349".
+# A space means nothing unless it separates two words or two numbers. Every comma gets one after it, which keeps the
+# pair "32, 349" apart from the number "32,349".
 _SPACES = re.compile(r"\s*,\s*|(?<![0-9a-zA-Z\\\s])\s+|\s+(?![0-9a-zA-Z\s])", re.ASCII)
 _GROUPED_NUMBER = re.compile(r"[-+]?[0-9]{1,3}([, ])[0-9]{3}(?:\1[0-9]{3})*(?:\.[0-9]+)?")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,512}")
@@ -105,7 +105,7 @@ _NOT_A_VALUE = re.compile(r"[,;=<>]|\\(?:mp|text|in|le|ge|or|and)")
 
 
 def canonical(side: str) -> str:
-    r"""One spelling for what differs only in typesetting, with what math-verify misreads rewritten for it.
+    r"""Return one spelling for answers that differ only in typesetting. Rewrite forms that math-verify misreads.
 
     >>> [canonical(side) for side in (r"10,\!080", r"\dfrac2\pi", r"\left( 3,4 \right).", r"\frac{1\pm x}{2}")]
     ['10080', '\\frac{2}{\\pi}', '(3, 4)', '\\{\\frac{1+x}{2}, \\frac{1-x}{2}\\}']
@@ -126,9 +126,9 @@ def canonical(side: str) -> str:
 
 
 def aligned(answer: str, gold: str) -> tuple[str, str]:
-    r"""Two canonical sides; where one is a tuple and the other a list or a set, both are tuples.
+    r"""Return both canonical sides. If one is a tuple and the other a list or a set, return both as tuples.
 
-    math-verify takes a bare list for a set, and a set for equal to a tuple in any order.
+    math-verify reads a bare list as a set, and finds a set equal to a tuple in any order.
 
     >>> aligned("(-2, 1)", "1, -2"), aligned("2, 1", r"\{1, 2\}")
     (('(-2, 1)', '(1, -2)'), ('2, 1', '\\{1, 2\\}'))
@@ -148,7 +148,7 @@ def _as_tuple(side: str) -> str:
 
 
 def _is_bare_list(side: str) -> bool:
-    """Values separated by commas that stand in no bracket."""
+    """Tell whether the side holds values separated by commas outside all brackets."""
     if "," not in side or _NOT_A_VALUE.search(side.replace(",", "")):
         return False
     depth, commas = 0, 0
@@ -164,7 +164,7 @@ def _is_bare_list(side: str) -> bool:
 
 
 def decide(answer: str, gold: str) -> str:
-    """The verdict that string code can give on two canonical sides, or "" when only sympy can tell.
+    """Return the verdict of string code on two canonical sides, or "" when only sympy can tell.
 
     >>> decide("042", "42"), decide("41", "42"), decide("9^{9^{9^9}}", "42"), decide("0.5", "1/2")
     ('correct', 'wrong', 'refused', '')
@@ -185,7 +185,7 @@ def decide(answer: str, gold: str) -> str:
 
 
 def _operators(side: str) -> set[str]:
-    r"""What turns a restated problem into its solution when sympy evaluates it: \int, \sum, \prod, \lim."""
+    r"""Return the operators (\int, \sum, \prod, \lim) by which sympy would solve a problem that is merely restated."""
     return set(re.findall(r"\\(?:i*int|oint|sum|prod|coprod|lim(?:sup|inf)?)(?![a-zA-Z])", side))
 
 
@@ -198,7 +198,7 @@ _HUGE_BINOMIAL = re.compile(r"\\[dt]?binom\s*(?:\{[^{}]*\})?\s*\{?[^{}]*[0-9]{4,
 
 
 def is_dangerous(side: str) -> bool:
-    """Forms that cost sympy seconds or gigabytes and that no answer key uses."""
+    """Tell whether the side has a form that costs sympy seconds or gigabytes and that no answer key uses."""
     factorials = side.count("!") + side.count("binom")
     return (
         len(side) > 2 * MAX_BOX_CHARS
@@ -216,12 +216,12 @@ def is_dangerous(side: str) -> bool:
 
 
 def _has_five_digits(base: int, power: int) -> bool:
-    """Whether base^power, an exponent itself, is 10 000 or more."""
+    """Tell whether base^power, an exponent itself, is 10 000 or more."""
     return base > 1 and (power >= 14 or base**power >= 10_000)
 
 
 def _nesting(side: str) -> int:
-    depth, deepest = 0, side.count("|")  # a bar opens or closes: only sympy's parser can tell, at great cost
+    depth, deepest = 0, side.count("|")  # only sympy's parser can tell, at great cost, whether a bar opens or closes
     for character in side:
         if character in "{([":
             depth += 1
@@ -232,7 +232,7 @@ def _nesting(side: str) -> int:
 
 
 def _power_nesting(side: str) -> int:
-    """How deep exponents stand in exponents: 1 for x^2, 2 for 2^{3^4} and for 2^3^4."""
+    """Return the depth of nested exponents: 1 for x^2, 2 for 2^{3^4} and for 2^3^4."""
     deepest = 0
     open_powers: list[int] = []  # brace depth at which each enclosing exponent opened
     depth, chain = 0, 0
@@ -261,21 +261,21 @@ _WARM_UP = [
 
 
 def _math_verify() -> Callable[[str, str], bool]:
-    """Import math-verify (one second, 50 MB: not in the trainer); return the comparison of an answer with a gold."""
+    """Import math-verify (one second, 50 MB: not in the trainer). Return the comparison of an answer with a gold."""
     from latex2sympy2_extended.latex2sympy2 import PSParser  # noqa: PLC0415
     from math_verify import LatexExtractionConfig, parse, verify  # noqa: PLC0415
     from sympy.core.random import seed  # noqa: PLC0415
 
     logging.disable(logging.CRITICAL)
     seed(0)
-    # Under antlr4 4.9 the grammar lacks this method and every percent answer fails; under 4.13 it is there.
+    # With antlr4 4.9 the grammar lacks this method, and every percent answer fails. With 4.13 the grammar has it.
     if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
         PSParser.AtomContext.FUNC_GAMMA = lambda self: None
-    latex_only = [LatexExtractionConfig(boxed_match_priority=0)]  # the expression extractor takes embedded numbers
+    latex_only = [LatexExtractionConfig(boxed_match_priority=0)]  # the expression extractor would take embedded numbers
 
     @lru_cache(PARSED_SIDES)
     def parsed(side: str) -> list[Any]:
-        # Without a box, "8\sqrt{10}" parses as 8. No timeouts of theirs: they use SIGALRM and can be swallowed.
+        # Without a box, "8\sqrt{10}" parses as 8. Its own timeouts are disabled: they use SIGALRM and can be swallowed.
         return parse(r"\boxed{" + side + "}", latex_only, parsing_timeout=None)
 
     def is_equal(answer: str, gold: str) -> bool:
@@ -289,7 +289,7 @@ def _math_verify() -> Callable[[str, str], bool]:
 
 
 def math_verify_task() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Import and warm up math-verify; return the task {"answer", "gold"} -> {"reason": "correct" or "wrong"}."""
+    """Import and warm up math-verify. Return the task {"answer", "gold"} -> {"reason": "correct" or "wrong"}."""
     is_equal = _math_verify()
     for example in _WARM_UP:
         is_equal(example, example)
@@ -297,14 +297,14 @@ def math_verify_task() -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def equality_task(is_equal: Callable[[str, str], bool]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return the task that answers with the comparison. An answer that raises does not match; MemoryError gets out."""
+    """Return the task that runs the comparison. An answer that raises does not match. MemoryError propagates."""
 
     def compare(request: dict[str, Any]) -> dict[str, Any]:
         try:
             matches = is_equal(request["answer"], request["gold"])
         except MemoryError:
             raise
-        except Exception:  # whatever math-verify and sympy raise on hostile text
+        except Exception:  # math-verify and sympy raise many kinds of errors on hostile text
             matches = False
         return {"reason": "correct" if matches else "wrong"}
 

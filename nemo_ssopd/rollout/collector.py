@@ -1,7 +1,7 @@
-"""From prompts to graded completions: what training and evaluation share.
+"""Generate and grade completions of prompts, for training and for evaluation.
 
-Rank agreement: a tensor-parallel group works on the same prompts. Its engines share them, every rank then
-holds all completions, and the first rank grades them and broadcasts the verdicts.
+Rank agreement: a tensor-parallel group works on the same prompts. Its engines divide the prompts among them. Then every
+rank holds all completions, and the first rank grades them and broadcasts the verdicts.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from nemo_ssopd.rollout.graders import Grader
 from nemo_ssopd.rollout.verifier import Verdict
 from nemo_ssopd.types import Completion, Prompt
 
-if TYPE_CHECKING:  # vLLM takes many seconds to import; what reads samples needs none of it
+if TYPE_CHECKING:  # vLLM takes many seconds to import, and code that only reads samples does not need it
     from nemo_ssopd.rollout.engine import RolloutEngine
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. Training uses the temperature alone, so that the policy ratio stays unbiased.
+    """The sampling options of completions. Training uses the temperature alone: the policy ratio stays unbiased.
 
     >>> Sampling(temperature=1.1, max_new_tokens=16000)
     """
@@ -36,19 +36,19 @@ class Sampling:
 
 
 def request_seed(*parts: object) -> int:
-    """A seed for one request from what identifies it, the same on every rank and after a restart.
+    """Return the seed of one request, computed from what identifies it: the same on every rank and after a restart.
 
     >>> request_seed(1, "train", 17, "p-3", 0) == request_seed(1, "train", 17, "p-3", 0)
     True
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1  # vLLM takes signed 32-bit seeds at the least
+    return int.from_bytes(digest, "big") >> 1  # a non-negative signed 32-bit integer: every vLLM version takes it
 
 
 class RolloutCollector:
-    """Generates with every engine of one tensor-parallel group, and grades with one grader per group.
+    """The engines and the grader of one tensor-parallel group, on each of its ranks.
 
-    `grader` is None on all ranks of the group but the first.
+    `grader` is None on all ranks of the group except the first.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RolloutCollector:
     def generate(
         self, prompts: Sequence[tuple[int, ...]], *, seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]:
-        """For each prompt one completion per seed, text included; the same list on every rank of the group."""
+        """Return one completion per seed for each prompt, with its text. All ranks of the group get the same list."""
         engines = self._group.size() // self._engine_tensor
         mine = range(self._group.rank() // self._engine_tensor, len(prompts), engines)
         requests = [(prompts[p], seed) for p in mine for seed in seeds[p]]
@@ -97,7 +97,7 @@ class RolloutCollector:
         return replace(completion, text=self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
 
     def grade(self, completions: Sequence[Completion], problems: Sequence[Prompt]) -> list[Verdict]:
-        """Return one verdict per completion; the same list on every rank of the group."""
+        """Return one verdict per completion. All ranks of the group get the same list."""
         verdicts: list[Any] = [None]
         if self._grader is not None:
             verdicts = [self._grader.grade([completion.text for completion in completions], problems)]
@@ -105,7 +105,7 @@ class RolloutCollector:
         return verdicts[0]
 
     def close(self) -> None:
-        """The last thing that a process does with its process groups: see `RolloutEngine.close`."""
+        """Close the engine and the grader. Use no process group afterwards: see `RolloutEngine.close`."""
         self.engine.close()
         if self._grader is not None:
             self._grader.close()

@@ -1,8 +1,8 @@
 """vLLM in the trainer's own processes: generate, sleep, refit.
 
 Every process builds one engine with `distributed_executor_backend="external_launcher"`, which reuses the
-default process group. Engines of `tensor` neighbouring ranks work as one; a tensor-parallel group of the
-trainer may hold several such engines, which then share its prompts.
+default process group. `tensor` neighboring ranks form one engine. A tensor-parallel group of the trainer may
+hold several engines, which then divide its prompts among them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_ssopd.config.sections import EngineConfig
 from nemo_ssopd.rollout.held import differing_adapters, differing_weights
 from nemo_ssopd.types import Completion, SentTensor
 
-# Read by vLLM at import: one process per rank, no thread pinning of its own, no third-party plug-ins.
+# vLLM reads these at import: one process per rank, no thread pinning, no third-party plug-ins.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_PLUGINS", "")
@@ -33,20 +33,22 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM 0.20 to 0.33
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of max_lora_rank in vLLM 0.20 to 0.33
 ADDS_ADAPTERS_RIGHT = Version("0.32")
-"""On several ranks vLLM 0.20 gathers what is whole already, and on CUDA adds garbage without a word (its issue 45691).
-This is the oldest version in which we have read the mend."""
+"""The oldest vLLM version whose code we have read and found to add adapters correctly on several ranks.
+
+vLLM 0.20 gathers tensors that are already whole, and on CUDA adds garbage without a warning (vLLM's issue 45691).
+"""
 
 
 class RolloutEngine:
     """One vLLM engine, colocated with the trainer.
 
-    `policy_version` counts the weight updates that the engine has received; every completion carries the
-    version that sampled it. On a GPU the engine gives its memory back between `sleep` and the next use.
+    `policy_version` counts the weight updates that the engine has received. Every completion carries the
+    version that sampled it. On a GPU the engine frees its memory between `sleep` and the next use.
 
-    Without LoRA, sleep drops the weights, since the next refit replaces them all: `policy_version` is then None, and
-    `generate` refuses. With LoRA, sleep keeps them in host memory: a refit brings adapters alone.
+    Without LoRA, sleep drops the weights, since the next refit replaces them all. `policy_version` is then None, and
+    `generate` refuses. With LoRA, sleep keeps the weights in host memory, since a refit brings adapters only.
     """
 
     def __init__(
@@ -61,11 +63,11 @@ class RolloutEngine:
         lora_rank: int = 0,
         gpu_cache_bytes: int = 0,
     ) -> None:
-        """Build the engine of `engine.tensor` ranks; `max_model_len` is in tokens.
+        """Build the engine of `engine.tensor` ranks. `max_model_len` is in tokens.
 
-        With `lora_rank`, the weights stay as `model_path` has them, and `load_adapter` brings what is added. With
-        `gpu_cache_bytes`, batches depend on the requests alone: the cache does not follow the memory that is free,
-        nor what is batched the clock.
+        With `lora_rank`, the weights stay as `model_path` has them, and `load_adapter` brings what is added to them.
+        With `gpu_cache_bytes`, batches depend on the requests alone: the cache size does not depend on free memory,
+        and scheduling does not depend on the clock. ValueError when this vLLM adds adapters wrongly.
         """
         tensor = engine.tensor
         assert tensor >= 1, "resolve engine.tensor=0 first"
@@ -85,7 +87,7 @@ class RolloutEngine:
             else {
                 "kv_cache_memory_bytes": int(engine.cpu_cache_gib * 2**30),
                 "enforce_eager": True,
-                # A prompt cut into chunks makes vLLM rewind the request's random generator, which on CPU it cannot.
+                # For a prompt cut into chunks, vLLM rewinds the request's random generator, which it cannot on CPU.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(max_model_len, 8192),
             }
@@ -93,7 +95,7 @@ class RolloutEngine:
         with _llvmlite_out_of_sight():
             self._llm = LLM(
                 model=model_path,
-                skip_tokenizer_init=True,  # text becomes tokens, and tokens text, in data/templates.py alone
+                skip_tokenizer_init=True,  # data/templates.py alone tokenizes, and the collector decodes
                 tensor_parallel_size=tensor,
                 distributed_executor_backend="external_launcher",
                 dtype=dtype,
@@ -104,7 +106,7 @@ class RolloutEngine:
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
-                # When it is on, what a rank schedules next depends on its own clock: ranks must agree, and runs repeat.
+                # It makes a rank's schedule depend on its own clock, but ranks must agree and runs must repeat.
                 async_scheduling=False if tensor > 1 or gpu_cache_bytes else None,
                 **memory,
                 **_lora_options(lora_rank),
@@ -129,9 +131,9 @@ class RolloutEngine:
         min_p: float = 0.0,
         progress: bool = False,
     ) -> list[Completion]:
-        """One completion per prompt, in order. The same prompts and seeds give the same tokens.
+        """Return one completion per prompt, in order. The same prompts and seeds give the same tokens.
 
-        Text is left empty: the caller decodes it. All ranks of one engine call this together with equal arguments.
+        The text is left empty: the caller decodes it. All ranks of one engine call this together with equal arguments.
         """
         assert self.policy_version is not None, "the engine slept and lost its weights: refit it first"
         assert len(prompts) == len(seeds), (len(prompts), len(seeds))
@@ -166,7 +168,7 @@ class RolloutEngine:
         def reload(worker: Any) -> None:
             worker.model_runner.reload_weights(weights_iterator=iterator)
             if not self._on_gpu:
-                # On CPU the output layer computes from a packed copy, which reloading leaves stale when it is tied.
+                # On CPU the output layer uses a packed copy, which stays stale after reloading when it is tied.
                 head = worker.model_runner.get_model().lm_head
                 head.quant_method.process_weights_after_loading(head)
 
@@ -177,12 +179,12 @@ class RolloutEngine:
         self.policy_version = policy_version
 
     def load_adapter(self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
-        """Sample with these LoRA matrices, (PEFT name, full tensor) pairs with B times alpha / r, instead of the last.
+        """Replace the adapter by these LoRA matrices: (PEFT name, full tensor) pairs, with B times alpha / r.
 
-        vLLM's id of the adapter is new each time: cached prefixes of another one are not used.
+        The adapter gets a new id in vLLM each time, so cached prefixes of another adapter are not used.
         """
         self.drop_adapter(policy_version=policy_version)
-        # Copies, as vLLM keeps them; in host memory, from where it fills its own buffers.
+        # Copies, since vLLM keeps them. They are in host memory, from which vLLM fills its own buffers.
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
         rank = next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
         self._adapters_loaded += 1
@@ -199,7 +201,7 @@ class RolloutEngine:
         self._llm.collective_rpc(activate)
 
     def drop_adapter(self, *, policy_version: int) -> None:
-        """Sample with the base model alone."""
+        """Remove the adapter, so that the base model alone samples."""
         self._wake(frozenset({"weights"}))
         if self._adapter is not None:
             self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
@@ -208,7 +210,7 @@ class RolloutEngine:
         self.policy_version = policy_version
 
     def differing(self, sent: Mapping[str, SentTensor]) -> list[str]:
-        """Names of the tensors that this rank's engine does not hold as they were sent. Empty after a good refit."""
+        """Return the names of tensors that this rank's engine does not hold as sent. Empty after a good refit."""
         self._wake(frozenset({"weights"}))
         adapter_id = self._adapter.lora_int_id if self._adapter else None
 
@@ -222,7 +224,7 @@ class RolloutEngine:
         return names
 
     def sleep(self) -> None:
-        """Give the GPU memory of weights and KV cache back. Without a GPU nothing moves, and the same rules hold."""
+        """Free the GPU memory of weights and KV cache. Without a GPU nothing is freed, but the same rules hold."""
         if not self._has_lora:
             self.policy_version = None
         if self._on_gpu and not self._asleep:
@@ -231,7 +233,7 @@ class RolloutEngine:
             self._asleep = frozenset({"weights", "kv_cache"})
 
     def close(self) -> None:
-        """Shut the engine down. vLLM 0.32 then destroys every process group, the default one included; 0.20 none."""
+        """Shut the engine down. vLLM 0.32 then destroys all process groups, even the default one; 0.20 none."""
         with nullcontext() if self._on_gpu else _nothing_to_wait_for():
             self._llm.llm_engine.engine_core.shutdown()
 
@@ -241,7 +243,7 @@ class RolloutEngine:
 
     def _wake(self, tags: frozenset[str]) -> None:
         if needed := sorted(tags & self._asleep):
-            torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the engine needs now
+            torch.cuda.empty_cache()  # the engine needs the memory that the trainer's allocator has cached
             self._llm.wake_up(tags=needed)
             self._asleep -= tags
 
@@ -254,7 +256,7 @@ def _completion(output: Any, policy_version: int) -> Completion:
 
 @contextmanager
 def _nothing_to_wait_for() -> Iterator[None]:
-    """vLLM waits for the accelerator that torch was built for, and torch may then raise because there is none."""
+    """Disable torch's wait for the accelerator. vLLM calls it even on a machine that has none, and torch may raise."""
     wait = torch.accelerator.synchronize
     torch.accelerator.synchronize = lambda *_: None
     try:
@@ -265,7 +267,10 @@ def _nothing_to_wait_for() -> Iterator[None]:
 
 @contextmanager
 def _llvmlite_out_of_sight() -> Iterator[None]:
-    """vLLM on CPU looks for kernels in every attribute of every loaded module; llvmlite's library has any attribute."""
+    """Hide llvmlite's library from vLLM, which on CPU takes every attribute of a loaded module for a possible kernel.
+
+    llvmlite's library has an attribute of any name.
+    """
     hidden = sys.modules.pop("llvmlite.binding.ffi", None)
     try:
         yield
@@ -275,7 +280,7 @@ def _llvmlite_out_of_sight() -> Iterator[None]:
 
 
 def _lora_options(rank: int) -> dict[str, Any]:
-    """One adapter at a time. vLLM sizes its buffers by a few ranks, and pads smaller ones with zeros."""
+    """Return vLLM's options for one adapter at a time. vLLM allows a few ranks, and pads smaller ones with zeros."""
     if rank == 0:
         return {}
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(size for size in LORA_RANKS if size >= rank)}

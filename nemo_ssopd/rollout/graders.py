@@ -1,4 +1,4 @@
-"""What turns completions into rewards: the protocol, math-verify behind it, a function of the user's own behind it."""
+"""Graders, which turn completions into rewards: the protocol, one by math-verify and one by the user's function."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class Grader(Protocol):
-    """Rewards completions. One lives on the first rank of each tensor-parallel group."""
+    """An object that rewards completions. The first rank of each tensor-parallel group holds one."""
 
     def grade(self, completions: Sequence[str], problems: Sequence[Prompt]) -> list[Verdict]:
-        """Return one verdict per completion, each with the problem at its place. A failure is a verdict of 0."""
+        """Return one verdict per completion, which is paired with the problem of the same index. A failure gets 0."""
         ...
 
     def close(self) -> None: ...
 
 
 def build_grader(config: Config | EvalConfig) -> Grader:
-    """Start the grader that `reward.function` asks for; ValueError when the function cannot be used."""
+    """Start the grader that `reward.function` asks for. ValueError when the function cannot be used."""
     limits = config.verifier
     options = {"timeout_s": limits.timeout_s, "memory_gb": limits.memory_gb, "cpu_s": limits.cpu_s}
     if config.reward.function is None:
@@ -40,13 +40,13 @@ def build_grader(config: Config | EvalConfig) -> Grader:
 
 
 def check_grader(config: AnyConfig) -> None:
-    """Import the user's function in one process, before anything expensive starts; ValueError when that fails."""
+    """Import the user's function in one process, before anything expensive starts. ValueError when that fails."""
     if config.reward.function is not None:
         build_grader(replace(config, verifier=replace(config.verifier, workers=1))).close()
 
 
 class MathGrader:
-    """Reward 1 for a last box that equals the problem's answer, else 0."""
+    """A grader that gives 1 when the last box equals the problem's answer, else 0."""
 
     def __init__(self, verifier: MathVerifier) -> None:
         self._verifier = verifier
@@ -59,7 +59,7 @@ class MathGrader:
 
 
 class FunctionGrader:
-    """Reward what the user's function returns. The answer, which majorities count, is the last box."""
+    """A grader that gives what the user's function returns. The answer, which votes in maj@k, is the last box."""
 
     def __init__(self, pool: GradingPool, function: str, *, threshold: float) -> None:
         self._pool, self._threshold = pool, threshold

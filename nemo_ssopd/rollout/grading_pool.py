@@ -1,7 +1,7 @@
 """The trainer's side of grading workers: a pool of processes that can be killed, one request at a time in each.
 
-A request has a limit on CPU time, which the worker's kernel enforces, and a wall-clock deadline, which this side
-enforces: it kills the worker's process group and starts another worker. Whatever happens to a request, it gets a reply.
+A request has a limit on CPU time, which the worker's kernel enforces. It also has a wall-clock deadline, which this
+side enforces: it kills the worker's process group and starts another worker. Every request gets a reply.
 `grading_worker.py` is the program at the other end.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from nemo_ssopd.rollout.grading_worker import Message, read_message, write_message
 
-START_TIMEOUT_S = 120.0  # importing math-verify takes one second, on a loaded file system far more
-ATTEMPTS = 3  # for a worker that dies while it starts or waits, which no request can cause
+START_TIMEOUT_S = 120.0  # importing math-verify takes one second, but far more on a loaded file system
+ATTEMPTS = 3  # for a worker that dies while it starts or waits: no request can cause that
 CLOSE_TIMEOUT_S = 2.0
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "TMPDIR")
 
-# The worker runs this very copy of the package, and otherwise keeps our folder, the trainer's main module and the
-# current folder off its path. It imports neither torch nor the rest of the package.
+# The worker imports this copy of the package, then takes our folder off its path. The trainer's main module and the
+# current folder are not on it either. It imports neither torch nor the rest of the package.
 _PACKAGE_ROOT = str(Path(__file__).parents[2])
 _PROGRAM = """import sys
 sys.path.insert(0, sys.argv[1])
@@ -35,14 +35,14 @@ main(*sys.argv[2:])"""
 
 
 class GradingPool:
-    """`workers` processes that run the task of this name (see `grading_worker.TASKS`). Any thread may ask.
+    """A pool of `workers` processes that run the task of this name (see `grading_worker.TASKS`). Any thread may ask.
 
     timeout_s: wall-clock seconds one request may take before its process is killed.
     cpu_s: CPU seconds one request may take. This limit normally ends a hang, since it does not depend on how busy the
         machine is.
     memory_gb: address space of one process.
 
-    The processes start in the background; RuntimeError from the first request when they cannot.
+    The processes start in the background. If they cannot start, the first request raises RuntimeError.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class GradingPool:
             self._idle.put(worker)
 
     def ask(self, requests: Sequence[Message]) -> list[Message]:
-        """Return the replies in order. Each has a "reason", and from a request that was killed nothing else."""
+        """Return the replies in order. Each has a "reason", and nothing else if the request was killed."""
         return list(self._threads.map(self._ask, requests))
 
     def wait_until_ready(self) -> None:
-        """Wait until one of the processes has loaded the task; RuntimeError when it cannot."""
+        """Wait until one of the processes has loaded the task. RuntimeError when it cannot."""
         self._workers[0].wait_until_ready()
 
     def close(self) -> None:
-        """End the processes; requests of other threads are finished first."""
+        """End the processes, after the requests of other threads are finished."""
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.hang_up()
@@ -92,7 +92,7 @@ def _check(name: str, value: float, is_valid: bool, remedy: str) -> None:
 
 
 class _Worker:
-    """One worker process, replaced when it is killed or dies. Used by one thread at a time."""
+    """One worker process, replaced when it is killed or dies. One thread at a time uses it."""
 
     def __init__(self, arguments: Sequence[str], timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -118,7 +118,7 @@ class _Worker:
         return {"reason": "crash"}
 
     def hang_up(self) -> None:
-        """Close the pipe: the worker ends its child, then itself, which leaves nobody an orphan to reap."""
+        """Close the pipe. The worker then ends its child and after that itself, which leaves no orphan to reap."""
         self._process.stdin.close()  # type: ignore[union-attr]
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
             bufsize=0,
-            start_new_session=True,  # a process group of its own, which Ctrl-C spares and one kill ends
+            start_new_session=True,  # its own process group: Ctrl-C does not reach it, and one kill ends it
         )
         self._requests = self._process.stdin.fileno()  # type: ignore[union-attr]
         self._replies = self._process.stdout.fileno()  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ class _Worker:
         self._ready = False
 
     def _write(self, message: Message, deadline: float) -> None:
-        """Send a message, in parts where the pipe is full; TimeoutError at the deadline."""
+        """Send a message, in parts if the pipe is full. TimeoutError at the deadline."""
 
         def write(fd: int, data: bytes) -> int:
             _wait_for(fd, select.POLLOUT, deadline)
@@ -172,7 +172,7 @@ class _Worker:
         write_message(self._requests, message, write)
 
     def _read(self, deadline: float) -> Message | None:
-        """Return the next message, None if the process is gone; TimeoutError at the deadline."""
+        """Return the next message, or None if the process is gone. TimeoutError at the deadline."""
 
         def read(fd: int, size: int) -> bytes:
             _wait_for(fd, select.POLLIN, deadline)
@@ -185,7 +185,7 @@ class _Worker:
         self._start()
 
     def _kill(self) -> None:
-        if self._process.returncode is None:  # not yet reaped, so the group's number is still its own
+        if self._process.returncode is None:  # not yet reaped, so no other process group has its number
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

@@ -1,14 +1,14 @@
 """The worker side of a grading pool: load one task, and run it in forked children with limits on CPU time and memory.
 
 The worker imports what the task needs once, and never runs it. A forked child runs it, one request after the other. The
-kernel kills a child that is out of CPU time (SIGPROF) wherever it is, even inside one long C call; a child that
-segfaults dies alone. Its successor is forked in milliseconds from the same warm image, where a new process would import
-for a second. A child is also replaced after `REQUESTS_PER_CHILD`, so that what it caches cannot grow.
+kernel kills a child that is out of CPU time (SIGPROF), even inside one long C call. A child that segfaults dies alone.
+The next child is forked in milliseconds from the same warm image, while a new process would import for a second. A
+child is also replaced after `REQUESTS_PER_CHILD`, which bounds its caches.
 
     trainer <-- length-prefixed JSON over pipes --> worker <-- the same over a socket pair --> child
 
-The reply to a request is the task's, or {"reason": "timeout" | "memory" | "crash"} from a child that did not live to
-give one. `grading_pool.py` is the trainer's side.
+The reply to a request is the task's, or {"reason": "timeout" | "memory" | "crash"} if the child died before it could
+reply. `grading_pool.py` is the trainer's side.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from nemo_ssopd.rollout.user_function import user_function_task
 
 Message: TypeAlias = dict[str, Any]
 Task: TypeAlias = Callable[[Message], Message]
-"""Answers a request. It may hang, crash and leak, and must let MemoryError out."""
+"""A function that answers a request. It may hang, crash and leak. It must let MemoryError propagate."""
 
 TASKS: dict[str, Callable[..., Task]] = {"math_verify": math_verify_task, "user_function": user_function_task}
-"""Each loads its task, with all imports. An error that it raises is shown to the user."""
+"""Functions by name that load a task with all its imports. The user sees the errors that they raise."""
 
 REQUESTS_PER_CHILD = 256
 OUT_OF_MEMORY = 12  # exit code of a child
-KILLED = "killed"  # by SIGKILL, which no limit of ours sends to a child: somebody else did it
-ATTEMPTS = 3  # for a request whose child was killed
+KILLED = "killed"  # by a SIGKILL from outside: no limit of ours sends it to a child
+ATTEMPTS = 3  # for a request whose child was killed from outside
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a cluster sends them to all processes of a job
 
 
@@ -90,7 +90,7 @@ class Child:
         self._socket = ours
 
     def ask(self, request: Message) -> tuple[Message, bool]:
-        """Return the reply, and whether the child lives on."""
+        """Return the reply, and whether the child is still alive."""
         self.requests += 1
         reply = None
         with contextlib.suppress(OSError):  # killed before it could read, or while it wrote
@@ -99,7 +99,7 @@ class Child:
         return (reply, True) if reply is not None else ({"reason": _reason(self.close())}, False)
 
     def close(self) -> int:
-        """End the child, which must be idle or dead; return its wait status."""
+        """End the child, which must be idle or dead. Return its wait status."""
         self._socket.close()
         return os.waitpid(self._pid, 0)[1]
 
@@ -113,7 +113,7 @@ def _run_until_closed(fd: int, task: Task, cpu_s: float) -> None:
 
 
 def _reason(status: int) -> str:
-    """Say why a child ended that owed a reply, from its wait status."""
+    """Return the reason why a child ended before it replied, from its wait status."""
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
         return "timeout"
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
@@ -125,13 +125,13 @@ def _reason(status: int) -> str:
 
 
 def main(trainer_pid: str, memory_bytes: str, cpu_s: str, task: str, *arguments: str) -> None:
-    """Load the task of this name under the limits, and serve it. Say why when it cannot be loaded."""
+    """Load the task of this name under the limits, and serve it. If it cannot be loaded, send the error."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     requests, replies = os.dup(0), os.dup(1)
-    # What a task prints, or a program that it starts reads, must not touch the protocol.
+    # The protocol must not see what a task prints, and a program that the task starts must not read it.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     try:
@@ -141,21 +141,21 @@ def main(trainer_pid: str, memory_bytes: str, cpu_s: str, task: str, *arguments:
     else:
         serve(requests, replies, int(trainer_pid), loaded, float(cpu_s))
     finally:
-        os.killpg(0, signal.SIGKILL)  # the pool made this a process group: with it goes what a task has left running
+        os.killpg(0, signal.SIGKILL)  # the pool gave us a process group: this also ends what a task left running
 
 
 def serve(requests: int, replies: int, trainer_pid: int, task: Task, cpu_s: float) -> None:
     """Answer requests until the trainer closes the pipe or is gone."""
 
     def read_while_trainer_lives(fd: int, size: int) -> bytes:
-        # A forked relative of the trainer may hold the pipe open after the trainer's death: look at the parent too.
+        # A process forked from the trainer may hold the pipe open after the trainer's death: also check the parent.
         while not select.select([fd], [], [], 1.0)[0]:
             if os.getppid() != trainer_pid:
                 return b""
         return os.read(fd, size)
 
     gc.collect()
-    gc.freeze()  # keeps the collector in the children from touching, so copying, the shared pages
+    gc.freeze()  # the children's collector then does not touch, and so copy, the shared pages
     write_message(replies, {"ready": True})
     child: Child | None = None
 

@@ -1,10 +1,10 @@
-"""What vLLM's model computes with, bit for bit, against what the trainer sent.
+"""Compare the weights that vLLM's model uses, bit for bit, with those that the trainer sent.
 
     stale = differing_weights(model, sent, packed=True)      # names; none after a good refit
 
-vLLM fuses projections, splits them over its tensor-parallel ranks, and on CPU packs them for its kernels and drops the
-weight itself. There a layer is asked: an input that is 1 in one place and 0 elsewhere gives one column of the weight,
-exactly in every dtype, and of the weight that the layer really uses. On a GPU nothing is packed, and it is read.
+vLLM fuses projections and splits them over its tensor-parallel ranks. On CPU it also packs them for its kernels and
+drops the weight itself. There we run the layer: an input that is 1 in one place and 0 elsewhere gives one column of the
+weight that the layer really uses, exactly in every dtype. On a GPU nothing is packed, and we read the weight.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from nemo_ssopd.types import SentTensor
 
 HEAD = "lm_head.weight"
-"""The output layer's weight, in every model of vLLM."""
+"""The name of the output layer's weight, in every model of vLLM."""
 
 
 def differing_weights(model: Any, sent: Mapping[str, SentTensor], *, packed: bool) -> list[str]:
-    """Names of tensors that this rank does not hold as they were sent, or that were not sent.
+    """Return the names of tensors that this rank does not hold as they were sent, or that were not sent.
 
-    `sent` has Hugging Face names; a tied output layer must equal the embedding. `model` is vLLM's, without LoRA.
+    `sent` has Hugging Face names. A tied output layer must equal the embedding. `model` is vLLM's, without LoRA.
     """
     embedding = next((name for name, tensor in sent.items() if tensor.is_vocabulary and name != HEAD), None)
     sources = {HEAD: sent[embedding], **sent} if embedding else sent
@@ -38,7 +38,10 @@ def differing_weights(model: Any, sent: Mapping[str, SentTensor], *, packed: boo
 
 
 def differing_adapters(manager: Any, adapter_id: int | None, sent: Mapping[str, SentTensor]) -> list[str]:
-    """The same for whole LoRA matrices under PEFT's names, B times alpha / r. `manager` is vLLM's LoRAModelManager."""
+    """Return the names of the LoRA matrices that this rank does not hold as they were sent.
+
+    `sent` has PEFT's names and whole matrices, with B times alpha / r. `manager` is vLLM's LoRAModelManager.
+    """
     if adapter_id is None or adapter_id not in manager.lora_index_to_id:
         return list(sent)
     slot, held = manager.lora_index_to_id.index(adapter_id), {}
@@ -49,7 +52,10 @@ def differing_adapters(manager: Any, adapter_id: int | None, sent: Mapping[str, 
 
 
 def _holds_matrix(held: Mapping[str, tuple[Any, int]], slot: int, name: str, sent: torch.Tensor) -> bool:
-    """vLLM's buffers are [slots, 1, rows, columns], with zeros beyond the adapter's rank."""
+    """Tell whether this rank holds its part of one matrix.
+
+    vLLM's buffers are [slots, 1, rows, columns], with zeros beyond the adapter's rank.
+    """
     projection, matrix, _ = name.rsplit(".", 2)
     if projection not in held:
         return False
@@ -64,19 +70,19 @@ def _holds_matrix(held: Mapping[str, tuple[Any, int]], slot: int, name: str, sen
 
 
 def _first(whole: int, local: int, layer: Any) -> int:
-    """Where this rank's part of `whole` rows or columns begins. With more ranks than parts, neighbours share one."""
+    """Return this rank's first row or column out of `whole`. If ranks outnumber parts, neighbors share one."""
     return 0 if whole == local else layer.tp_rank * (whole // local) // layer.tp_size * local
 
 
 def _own_tokens(embedding: Any) -> tuple[int, int]:
-    """The first token that this rank has a row of, and the first after the last."""
+    """Return the first token that this rank has a row for, and one past the last."""
     shard = embedding.shard_indices
     return shard.org_vocab_start_index, shard.org_vocab_end_index
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where this rank's part of a tensor lies in vLLM's model: some rows of a layer's weight, or of its bias.
+    """The place of this rank's part of a tensor in vLLM's model: some rows of a layer's weight, or of its bias.
 
     >>> _Place(qkv_proj, "weight", slice(1024, 1536))      # a k_proj.weight
     """
@@ -97,7 +103,7 @@ class _Place:
         found = self._columns([sampled[index] - start for index in own], width, packed=packed, like=sent.values)
         if sent.is_vocabulary:
             first, last = _own_tokens(self.layer)
-            found = found[: last - first]  # below are padded rows
+            found = found[: last - first]  # the rows after these are padding
         else:
             first = _first(sent.shape[0], len(found), self.layer)
             last = first + len(found)
@@ -121,7 +127,7 @@ class _Place:
 
 
 def _places(model: Any) -> dict[str, _Place]:
-    """Of every Hugging Face tensor; the names in a fused layer are those of its parts."""
+    """Return the place of every Hugging Face tensor. A fused layer gives one place for each of its parts."""
     places = {}
     for path, layer in model.named_modules(remove_duplicate=False):
         parent, _, leaf = path.rpartition(".")

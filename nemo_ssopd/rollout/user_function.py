@@ -1,4 +1,4 @@
-"""The task of a worker that grades by a reward function of the user's own: `reward.function=package.module:name`.
+"""The task of a worker that grades by the user's reward function: `reward.function=package.module:name`.
 
 The function takes a completion and the dataset's row, and returns a reward, or a reward and a reason. It is imported
 and called in grading workers only, never in the trainer. `docs/rewards.md` is the user's page.
@@ -19,10 +19,10 @@ MAX_REASON_CHARS = 200
 
 
 def user_function_task(function: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Import the function; return the task {"completion", "row"} -> {"reward", "reason"}.
+    """Import the function. Return the task {"completion", "row"} -> {"reward", "reason"}.
 
-    The reply of a call that fails, or does not return a finite number, has no reward. ValueError, with the remedy, when
-    the function cannot be used.
+    If a call fails, or does not return a finite number, its reply has no reward. ValueError, with the remedy, when the
+    function cannot be used.
     """
     called = imported(function)
 
@@ -40,7 +40,10 @@ def user_function_task(function: str) -> Callable[[dict[str, Any]], dict[str, An
 
 
 def imported(function: str) -> Callable[[str, dict[str, Any]], object]:
-    """Return module:name from the folder that the command was started in, PYTHONPATH or the installed packages."""
+    """Import module:name from the folder that the command was started in, PYTHONPATH or the installed packages.
+
+    ValueError, with the remedy, when it cannot be imported or called.
+    """
     folder = os.getcwd()
     sys.path.insert(0, folder)
     module_name, _, name = function.partition(":")
@@ -66,7 +69,7 @@ def imported(function: str) -> Callable[[str, dict[str, Any]], object]:
 
 
 def check_parameters(called: Callable[..., object], name: str) -> None:
-    """Refuse a function that cannot be called with a completion and a row; builtins may not say what they take."""
+    """Refuse a function that cannot be called with a completion and a row. Accept a builtin without a signature."""
     try:
         signature = inspect.signature(called)
     except ValueError:

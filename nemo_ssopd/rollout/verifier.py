@@ -1,7 +1,7 @@
-"""Rewards of 1 or 0: completions against gold answers, by math-verify in processes that can be killed.
+"""Reward completions with 1 or 0 by comparing them with gold answers, by math-verify in processes that can be killed.
 
-String code decides most answers here. What is left goes to the workers of a `GradingPool`, one answer at a time.
-Whatever happens to an answer, it gets a `Verdict`. See `docs/verifier.md`.
+String code decides most answers here. The rest go to the workers of a `GradingPool`, one answer at a time. Every answer
+gets a `Verdict`. See `docs/verifier.md`.
 """
 
 from collections.abc import Sequence
@@ -24,22 +24,22 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    r"""Hold the reward of one completion, the reason for it, and the answer that was read.
+    r"""The reward of one completion, the reason for it, and the answer that was read.
 
     Example: by math-verify, the completion `so \boxed{\frac{2}{4}}` against the gold `0.5` gives
     `Verdict(reward=1.0, reason="correct", answer="\\frac{2}{4}")`.
     """
 
     reward: float
-    reason: str  # by math-verify a key of REASONS
+    reason: str  # from math-verify, a key of REASONS
     answer: str | None  # the text of the last balanced box, None when there is none
 
 
 class MathVerifier:
-    """Grade answers in a pool of `workers` processes. Any thread may call it.
+    """A grader of answers by a pool of `workers` processes. Any thread may call it.
 
     timeout_s: wall-clock seconds one answer may take before its process is killed.
-    cpu_s: CPU seconds one answer may take; normally this limit ends a hang.
+    cpu_s: CPU seconds one answer may take. Normally this limit ends a hang.
     memory_gb: address space of one process.
     """
 
@@ -65,7 +65,7 @@ class MathVerifier:
         ]
 
     def check_golds(self, golds: Sequence[str]) -> list[int]:
-        """Return the indices of golds that sympy cannot use: only an answer spelled the same will ever be correct."""
+        """Return the indices of golds that sympy cannot use: only an answer with the same spelling can be correct."""
         _check_texts(golds, golds)
         sides = [answers.canonical(gold_text(gold)) for gold in golds]
         to_parse = [side for side in dict.fromkeys(sides) if side and not answers.is_dangerous(side)]
@@ -74,7 +74,7 @@ class MathVerifier:
         return [index for index, side in enumerate(sides) if side not in usable]
 
     def close(self) -> None:
-        """End the processes; answers being graded in other threads are finished first."""
+        """End the processes, after the answers of other threads are graded."""
         self._pool.close()
 
     def __enter__(self) -> "MathVerifier":
@@ -89,7 +89,7 @@ class MathVerifier:
 
 
 def gold_text(gold: str) -> str:
-    r"""Return the gold without a surrounding `\boxed{}`, where the dataset kept one."""
+    r"""Return the gold without a surrounding `\boxed{}`, if the dataset kept one."""
     return answers.last_box(gold)[0] or gold
 
 
