@@ -1,1 +1,1 @@
-"""Avg@n, pass@k and maj@k: of a model on its own (scripts/evaluate.py), and of the policy while it trains."""
+"""Avg@n, pass@k and maj@k of a finished model (scripts/evaluate.py), and of the policy during training."""

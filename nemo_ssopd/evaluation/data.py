@@ -16,7 +16,7 @@ from nemo_ssopd.types import RenderedPrompt
 
 @dataclass(frozen=True)
 class EvalData:
-    """What an evaluation reads.
+    """The problems of an evaluation, by set, with the tokenizer and its stop tokens.
 
     >>> load_sets(config, "models/Qwen3-8B").sets.keys()
     dict_keys(['aime_2024', 'aime_2025', 'hmmt_feb_2025'])
@@ -28,7 +28,7 @@ class EvalData:
 
 
 def load_sets(config: EvalConfig, tokenizer_folder: str | Path) -> EvalData:
-    """ValueError, with file, row, field and remedy, for anything that cannot be used."""
+    """Load and render the problems of every chosen set. ValueError, with file, row, field and remedy, for bad data."""
     tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.trust_remote_code)
     return EvalData(
         tokenizer=tokenizer,
@@ -40,7 +40,7 @@ def load_sets(config: EvalConfig, tokenizer_folder: str | Path) -> EvalData:
 def _rendered(
     name: str, chosen: SetConfig, config: EvalConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[RenderedPrompt, ...]:
-    """Every problem of a set. One that is too long is an error: without it, the figure would be another set's."""
+    """Return every problem of a set, rendered. ValueError if one is too long: dropping it would change the set."""
     data, limit = config.data_config(chosen), config.max_prompt_tokens
     try:
         prompts = load_prompts(chosen.source, data, for_function=config.reward.function is not None)

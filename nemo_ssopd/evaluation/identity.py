@@ -16,11 +16,11 @@ from nemo_ssopd.evaluation.models import ModelSource
 from nemo_ssopd.types import RenderedPrompt
 
 Identity: TypeAlias = dict[str, dict[str, Any]]
-"""Section -> key -> value, as evaluation.json has it."""
+"""A mapping section -> key -> value, as evaluation.json has it."""
 
 
 def identities(config: EvalConfig, source: ModelSource, data: EvalData) -> dict[str, Identity]:
-    """Of a model on each set. How many processes there are, and how the problems are batched, is no part of it."""
+    """Return the identity of a model's evaluation on each set. Process count and batching are not part of it."""
     model = {
         "path": source.path,
         "kind": source.kind,
@@ -40,7 +40,7 @@ def identities(config: EvalConfig, source: ModelSource, data: EvalData) -> dict[
 
 
 def fingerprint(source: ModelSource) -> str:
-    """SHA-256 of a model: of the weights' values, and of everything else that says what they mean."""
+    """Return the SHA-256 of a model: of its weights' values and of the files that say what they mean."""
     digest = hashlib.sha256()
     if source.kind == "checkpoint":
         digest.update((Path(source.path) / "manifest.json").read_bytes())  # it holds a checksum of every file

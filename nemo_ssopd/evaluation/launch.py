@@ -1,9 +1,9 @@
-"""The command line of evaluations: compose and check the config, then start the workers of one model after the other.
+"""The command line of evaluations: compose and check the config, then run the workers of one model after the other.
 
     python scripts/evaluate.py --config-name eval_math model=PATH data=problems.jsonl
 
-Under torchrun or srun this is one of the workers already, and evaluates one model. Models do not share a process,
-since an engine cannot be shut down without its process groups.
+Under torchrun or srun, this process is already a worker, and evaluates one model. Models do not share a process, since
+an engine cannot be shut down without its process groups.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nemo_ssopd.run.workers import make_run_dir, run_workers, under_launcher
 
 
 def main() -> None:
-    """Console entry `nemo-ssopd-evaluate`. Batches are on disk as they come, so a stop signal may end it at once."""
+    """Run the command `nemo-ssopd-evaluate`. A stop signal ends it at once, since each batch is already on disk."""
     die_of_stop_requests()
     arguments = ["resume=true" if argument == "--resume" else argument for argument in sys.argv[1:]]
     sys.argv[1:] = with_present_names(arguments)
@@ -46,7 +46,7 @@ def run_main(composed: DictConfig) -> None:
             start_workers(config, name)
         return
     from nemo_ssopd.checkpoint.storage import CheckpointError  # noqa: PLC0415
-    from nemo_ssopd.evaluation.run import run  # noqa: PLC0415 -- Megatron-Core and vLLM, which the checks do without
+    from nemo_ssopd.evaluation.run import run  # noqa: PLC0415 -- Megatron-Core and vLLM: the checks do not need them
 
     try:
         run(config)
@@ -56,7 +56,10 @@ def run_main(composed: DictConfig) -> None:
 
 
 def check_everything(config: EvalConfig) -> None:
-    """What can be known before an engine starts, in one line: the sets can be read, and nothing is written over."""
+    """Check all that can be checked before an engine starts: sets, models, grader, and that no file is overwritten.
+
+    ValueError, in one line, for the first failure. Creates the run_dir.
+    """
     if under_launcher() and len(config.models) > 1:
         raise ValueError(
             f"model names {len(config.models)} models: under torchrun or srun take one at a time with "
@@ -77,8 +80,8 @@ def check_everything(config: EvalConfig) -> None:
 
 
 def check_continues(config: EvalConfig, source: ModelSource, data: EvalData, folders: dict[str, Path]) -> None:
-    """Refuse to continue with another model, other problems or another sampling."""
-    from nemo_ssopd.evaluation.identity import identities  # noqa: PLC0415 -- Megatron-Core: only where it is needed
+    """Refuse to continue an evaluation with another model, other problems or another sampling."""
+    from nemo_ssopd.evaluation.identity import identities  # noqa: PLC0415 -- imports Megatron-Core: only if needed
 
     for chosen, now in identities(config, source, data).items():
         if has_begun(folders[chosen]):
@@ -86,7 +89,7 @@ def check_continues(config: EvalConfig, source: ModelSource, data: EvalData, fol
 
 
 def start_workers(config: EvalConfig, name: str) -> None:
-    """Evaluate one model in workers of this node. Returns when it is done; else ends this program as they ended."""
+    """Evaluate one model in workers on this node. If they fail, exit with their exit code."""
     ending = run_workers(config.parallel, "nemo_ssopd.evaluation.launch", [*sys.argv[1:], f"only='{name}'"])
     if ending.signal is not None:
         print(

@@ -1,4 +1,4 @@
-"""From adapters and checkpoints to the Hugging Face directory that the engine starts from, never all in memory."""
+"""Write adapters and checkpoints as the Hugging Face directory that the engine starts from, never all in memory."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from nemo_ssopd.megatron.model import DTYPES
 from nemo_ssopd.megatron.runtime import Runtime
 
 _LORA_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# Options of PEFT that change what an adapter adds, and the value at which they do nothing.
+# PEFT options that change what an adapter adds, with the value that disables each.
 _PLAIN = {"fan_in_fan_out": False, "use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def as_hugging_face(source: ModelSource, output: Path, parallel: ParallelConfig, runtime: Runtime) -> Path:
-    """The directory itself, or `output` with the merged weights, made anew. All ranks call it.
+    """Return the model's own directory, or `output` after writing the merged weights there. All ranks call it.
 
-    No weight stays in memory: the engine, which comes next, holds the only copy.
+    No weight stays in memory: the engine, which starts next, holds the only copy.
     """
     if source.kind == "hf":
         return Path(source.path)
     if runtime.is_main:
-        remove_merged(output)  # an interrupted call may have left another model's
+        remove_merged(output)  # an interrupted call may have left another model there
     _export(source, output, parallel, runtime)
     gc.collect()
     if runtime.device.type == "cuda":
@@ -44,7 +44,7 @@ def as_hugging_face(source: ModelSource, output: Path, parallel: ParallelConfig,
 
 
 def remove_merged(folder: Path) -> None:
-    """The weights of `as_hugging_face`, when nothing is left to be evaluated with them."""
+    """Delete the weights that `as_hugging_face` wrote, after the last evaluation that needs them."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -58,10 +58,10 @@ def _export(source: ModelSource, output: Path, parallel: ParallelConfig, runtime
 
 
 def write_merged_adapter(source: ModelSource, output: Path) -> None:
-    """The base model's directory, file by file, with W + scale B A where a PEFT LoRA adapter has one.
+    """Copy the base model's directory, file by file, with W + scale B A for each weight that a PEFT LoRA adapter has.
 
-    Written whole or not at all. The sum is taken in float32, then cast. ValueError for an adapter that adds anything
-    else, or to tensors that the base model has not.
+    The output is written whole or not at all. The sum is taken in float32, then cast. ValueError for an adapter that
+    adds anything else, or that adds to tensors that the base model does not have.
     """
     assert source.base is not None
     scale, pairs = _lora_scale(Path(source.path)), _lora_pairs(Path(source.path))
@@ -98,7 +98,7 @@ def _lora_scale(folder: Path) -> float:
 
 
 def _lora_pairs(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Name of the adapted weight -> its matrices A and B."""
+    """Read the adapter. Return the name of each adapted weight -> its matrices {"A": ..., "B": ...}."""
     file = folder / "adapter_model.safetensors"
     try:
         tensors = load_file(file)

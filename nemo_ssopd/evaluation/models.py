@@ -1,4 +1,4 @@
-"""What `model=PATH` points at, told from the files in it, without reading a weight."""
+"""Find out what kind of model `model=PATH` points at, from the files in it, without reading a weight."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that can be evaluated.
+    """A model that can be evaluated: its kind, its path and its base model.
 
     >>> find_model("runs/tiny_cpu")
     ModelSource(kind="checkpoint", path="runs/tiny_cpu/checkpoints/iter_0000040", base="assets/demo_model")
     """
 
     kind: str
-    """hf, adapter or checkpoint."""
+    """One of hf, adapter and checkpoint."""
     path: str
     base: str | None = None
-    """The Hugging Face directory that adapters belong to; None where `path` holds every weight."""
+    """The Hugging Face directory that adapters belong to; None if `path` holds every weight."""
 
     @property
     def architecture(self) -> str:
-        """The folder of its config.json."""
+        """Return the folder that holds the model's config.json."""
         if self.kind == "adapter":
             assert self.base is not None
             return self.base
@@ -38,9 +38,9 @@ class ModelSource:
 
 
 def find_model(path: str, *, base: str | None = None) -> ModelSource:
-    """The model at `path`; ValueError where there is none, or where adapters lack their base model.
+    """Return the model at `path`. ValueError if there is none, or if the base model of adapters is missing.
 
-    `base` replaces the base model's path that was written down when the adapters were trained.
+    `base` replaces the path of the base model that was recorded when the adapters were trained.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -60,7 +60,7 @@ def find_model(path: str, *, base: str | None = None) -> ModelSource:
 
 
 def _checkpoint(folder: Path) -> Path | None:
-    """`folder` itself, or the newest checkpoint of the run in it."""
+    """Return `folder` if it is a checkpoint, or the newest checkpoint of the run in it, or None."""
     candidates = [folder]
     for parent in (folder, folder / "checkpoints"):
         candidates += sorted((step for step in parent.glob("iter_*") if step.is_dir()), reverse=True)

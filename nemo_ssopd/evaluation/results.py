@@ -1,8 +1,8 @@
-"""One model on one set, on disk: what was evaluated, every sample as soon as it is graded, the summary at the end.
+"""The files of one model on one set: what was evaluated, every sample as soon as it is graded, the summary at the end.
 
-run_dir/MODEL/SET/evaluation.json    model, data, sampling: what must be the same to continue
+run_dir/MODEL/SET/evaluation.json    model, data, sampling: must be the same to continue
 run_dir/MODEL/SET/samples.jsonl      one line per completion, appended batch by batch
-run_dir/MODEL/SET/summary.json       when it is finished
+run_dir/MODEL/SET/summary.json       written when the evaluation is finished
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from nemo_ssopd.metrics import countable
 from nemo_ssopd.types import RenderedPrompt
 
 IDENTITY, SAMPLES, SUMMARY = "evaluation.json", "samples.jsonl", "summary.json"
-# Where the model and the problems are does not matter, if they are the same.
+# Keys that may change: the same model and the same problems may be at another path.
 _FREE = ("model.path", "model.kind", "data.source")
 
 
 def set_folder(config: EvalConfig, model: str, chosen: str) -> Path:
-    """Where the results of a model on a set go."""
+    """Return the folder for the results of a model on a set."""
     return Path(config.run_dir) / model / chosen
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse to write into a folder that holds anything, unless to continue."""
+    """Refuse to write into a folder that is not empty, unless `resume` is set."""
     if not resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds an evaluation: give another run_dir, or continue it with resume=true")
 
@@ -44,7 +44,7 @@ def has_begun(folder: Path) -> bool:
 
 
 def check_identity(folder: Path, now: Mapping[str, Mapping[str, Any]]) -> None:
-    """ValueError where `folder` holds the beginning of another evaluation."""
+    """Raise ValueError if `folder` holds the beginning of another evaluation than `now`."""
     before = json.loads((folder / IDENTITY).read_text())
     for section, values in now.items():
         for key, value in values.items():
@@ -63,9 +63,10 @@ def _short(value: object) -> str:
 
 
 class SetWriter:
-    """The files of one model on one set, on the main process. Another process that writes there is an error.
+    """The writer of the files of one model on one set, on the main process.
 
-    `samples` are those on disk, without their texts.
+    `samples` are those on disk, without their texts. ValueError if another process writes to the same files, or if the
+    folder holds another evaluation.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Mapping[str, Any]]) -> None:
@@ -88,7 +89,7 @@ class SetWriter:
         return (self._folder / SUMMARY).exists()
 
     def append(self, samples: Sequence[Sample]) -> None:
-        """On the disk when this returns."""
+        """Append the samples to the file. They are on disk when this returns."""
         self._file.write(to_lines(samples))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -97,7 +98,7 @@ class SetWriter:
     def finish(
         self, prompts: Sequence[RenderedPrompt], evaluation: EvaluationConfig, title: str, *, threshold: float
     ) -> dict[str, Any]:
-        """Write the summary of all samples."""
+        """Write the summary of all samples and return it."""
         by_place = {sample.place: sample for sample in self.samples}
         samples = [by_place[prompt.prompt.id, k] for prompt in prompts for k in range(evaluation.samples)]
         n = evaluation.samples
@@ -120,7 +121,7 @@ class SetWriter:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """What follows the last newline was not written to its end."""
+    """Cut what follows the last newline: a line that an interrupted write left incomplete."""
     with path.open("rb+") as file:
         file.truncate(path.read_bytes().rfind(b"\n") + 1)
 

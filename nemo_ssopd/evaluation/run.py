@@ -1,6 +1,6 @@
-"""One model on every set, on this worker: engine and grader, batches of problems, files, table.
+"""Evaluate one model on every set, on this worker: engine and grader, batches of problems, files, table.
 
-Every rank runs the same code; the main process alone reads and writes the results.
+Every rank runs the same code. Only the main process reads and writes the results.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from nemo_ssopd.rollout.engine import RolloutEngine
 from nemo_ssopd.rollout.graders import Grader, build_grader
 from nemo_ssopd.types import RenderedPrompt
 
-MERGED = ".hf"  # in the model's folder, where the other folders are sets
+MERGED = ".hf"  # a folder for merged weights in the model's folder, whose other folders are sets
 
 
 def run(config: EvalConfig) -> None:
-    """Evaluate the one model of `config` on its sets. Sets that are finished cost nothing."""
+    """Evaluate the one model of `config` on its sets, except on those that are finished."""
     runtime = initialize(config.parallel, seed=config.evaluation.seed)
     [(name, path)] = config.models.items()
     source = find_model(path, base=config.base)
@@ -59,7 +59,7 @@ def run(config: EvalConfig) -> None:
 
 
 def open_writers(config: EvalConfig, name: str, source: ModelSource, data: EvalData) -> dict[str, SetWriter]:
-    """The files of every set, checked before the engine starts."""
+    """Open and check the files of every set, before the engine starts. Return a writer per set."""
     writers = {
         chosen: SetWriter(set_folder(config, name, chosen), about)
         for chosen, about in identities(config, source, data).items()
@@ -69,7 +69,7 @@ def open_writers(config: EvalConfig, name: str, source: ModelSource, data: EvalD
 
 
 def from_main(runtime: Runtime, value: Any) -> Any:
-    """The main process's value, on every rank."""
+    """Broadcast the main process's value. Return it on every rank."""
     values = [value]
     dist.broadcast_object_list(values, src=0, group=runtime.cpu_group)
     return values[0]
@@ -78,7 +78,7 @@ def from_main(runtime: Runtime, value: Any) -> Any:
 def build_collector(
     config: EvalConfig, folder: str, data: EvalData, runtime: Runtime, grader: Grader | None
 ) -> RolloutCollector:
-    """Build one engine per tensor-parallel group; `grader` is that of its first rank."""
+    """Build this rank's engine and the collector around it. `grader` is None except on a tensor group's first rank."""
     tensor = config.engine.tensor_in(config.parallel)
     return RolloutCollector(
         RolloutEngine(
@@ -105,7 +105,7 @@ def evaluate_set(
     runtime: Runtime,
     writer: SetWriter | None,
 ) -> None:
-    """Draw what is missing, batch by batch. `writer` is the main process's."""
+    """Draw and grade the missing samples, batch by batch. `writer` is None except on the main process."""
     done: set[Place] = from_main(runtime, {sample.place for sample in writer.samples} if writer else None)
     fill_engines = max(1, config.engine.max_sequences // config.evaluation.samples) * runtime.layout.data.size
     batches = evaluate(
@@ -131,7 +131,7 @@ def evaluate_set(
 
 
 def print_table(run_dir: Path) -> None:
-    """Everything that run_dir holds, and where it is written."""
+    """Write the table of all that run_dir holds, print it, and say where it is written."""
     rows, titles = write_table([run_dir], run_dir)
     table = Table(title="Avg@n in percent, 95 % interval", header_style="bold")
     for heading in ("", *column_headings(titles)):
@@ -149,7 +149,7 @@ def title_of(config: EvalConfig, chosen: str) -> str:
 
 
 class SetProgress:
-    """Problems done, running Avg@n and tokens per second: a bar on a terminal, a line per batch anywhere else."""
+    """A display of problems done, Avg@n so far and tokens per second: a bar on a terminal, else a line per batch."""
 
     def __init__(self, title: str, problems: int, samples: int, done: Sequence[Sample]) -> None:
         self._title, self._problems, self._samples = title, problems, samples
@@ -175,7 +175,7 @@ class SetProgress:
         self._progress.stop()
 
     def show(self, done: Sequence[Sample], new: Sequence[Sample]) -> None:
-        """`done` are all samples so far, `new` those of the last batch."""
+        """Show the progress. `done` are all samples so far, `new` those of the last batch."""
         self._tokens += sum(sample.tokens for sample in new)
         problems = len(done) // self._samples
         figures = "starting"

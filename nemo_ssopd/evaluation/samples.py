@@ -1,6 +1,6 @@
-"""Graded completions of held-out problems: drawn, written, read back and summed up.
+"""Graded completions of held-out problems: draw, write, read and summarize them.
 
-Training's evaluations and scripts/evaluate.py both come here, with the engine and the grader that train.
+Evaluations during training and scripts/evaluate.py both use this module, with the engine and the grader of training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_ssopd.rollout.collector import RolloutCollector, Sampling, request_see
 from nemo_ssopd.types import RenderedPrompt
 
 Place = tuple[str, int]
-"""A problem's id and the number of the sample."""
+"""A problem's id and the number of the sample, from 0."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,11 @@ def evaluate(
     batch: int | None = None,
     done: Collection[Place] = frozenset(),
 ) -> Iterator[list[Sample]]:
-    """`config.samples` graded completions of every problem but those `done`, in order, on every rank.
+    """Yield `config.samples` graded completions of every problem, except those `done`, in order, on every rank.
 
     They come in batches of `batch` problems, which all data-parallel ranks share (None: all at once). A sample's seed
-    depends on the problem and its number alone: neither the layout, nor the batch, nor an interruption changes it.
+    depends only on `config.seed`, the problem and the sample's number. So layout, batch size and interruptions do not
+    change it.
     """
     size = batch or max(len(prompts), 1)
     for start in range(0, len(prompts), size):
@@ -83,7 +84,7 @@ def evaluate(
 def _draw(
     collector: RolloutCollector, wanted: Sequence[tuple[RenderedPrompt, list[int]]], config: EvaluationConfig
 ) -> list[Sample]:
-    """The samples with these numbers of each problem, on all ranks of one tensor-parallel group."""
+    """Draw and grade the samples with these numbers for each problem. All ranks of a tensor-parallel group call it."""
     sampling = Sampling(
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
@@ -133,7 +134,7 @@ def summary_of(samples: Sequence[Sample], config: EvaluationConfig, *, threshold
 
 
 def eval_metrics(summary: Mapping[str, Estimate]) -> Metrics:
-    """The estimates, and the ends of their intervals under NAME_low and NAME_high."""
+    """Return the estimates as metrics, with the ends of their intervals under NAME_low and NAME_high."""
     metrics: Metrics = {}
     for key, estimate in summary.items():
         metrics |= {key: Max(estimate.value), f"{key}_low": Max(estimate.low), f"{key}_high": Max(estimate.high)}
@@ -144,12 +145,12 @@ def eval_metrics(summary: Mapping[str, Estimate]) -> Metrics:
 
 
 def to_lines(samples: Sequence[Sample]) -> str:
-    """One JSON object per sample, in ASCII, so that any text fits."""
+    """Return one line per sample: a JSON object in ASCII, which can hold any text."""
     return "".join(json.dumps(asdict(sample)) + "\n" for sample in samples)
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:
-    """A file of samples, written whole or not at all."""
+    """Write a file of samples, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(to_lines(samples), encoding="utf-8")
@@ -157,9 +158,9 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file in its order; a last line that was not written to its end is left out.
+    """Read the samples of a file in its order. An incomplete last line is left out.
 
-    ValueError for a line that is no sample, or for one that is there twice.
+    ValueError for a line that is not a sample, or for a repeated sample.
     """
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     samples: dict[Place, Sample] = {}

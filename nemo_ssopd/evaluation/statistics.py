@@ -1,8 +1,8 @@
 """Avg@n, pass@k and maj@k from a table of samples, with bootstrap intervals over problems.
 
-P problems, N samples of each. Each score gives one number per problem, whose mean over problems is reported, and
-`estimate` puts an interval around that mean: problems are drawn again, samples within a problem are not. Scores of
-several runs get theirs from `t_interval`.
+P problems, N samples of each. Each score gives one number per problem, and we report its mean over problems.
+`estimate` adds the interval of that mean: it resamples problems, but not the samples within a problem. `t_interval`
+gives the interval for scores of several runs.
 
 >>> estimate(pass_at_k(rewards_PN, k=4))
 Estimate(value=0.71, low=0.58, high=0.83)
@@ -36,14 +36,15 @@ class Estimate:
 
 
 def average(values_PN: ArrayLike) -> Scores:
-    """Return the mean over the samples of each problem: of rewards Avg@n, of lengths the mean length. Returns [P]."""
+    """Return the mean over the samples of each problem, [P]: Avg@n for rewards, the mean length for lengths."""
     return _table(values_PN).mean(axis=1)
 
 
 def pass_at_k(rewards_PN: ArrayLike, *, k: int, threshold: float = 0.5) -> Scores:
-    """Return the chance that k of a problem's samples, drawn without replacement, hold one over the threshold: [P].
+    """Return the chance that k samples of a problem, drawn without replacement, include a correct one, [P].
 
-    1 - C(n - c, k) / C(n, k) with c correct of n (Chen et al., 2021): unbiased, unlike 1 - (1 - c/n)^k.
+    It is 1 - C(n - c, k) / C(n, k), with c of n rewards over the threshold (Chen et al., 2021). This is unbiased,
+    unlike 1 - (1 - c/n)^k.
     """
     correct_PN = _table(rewards_PN) > threshold
     n = _checked_k(k, correct_PN.shape[1])
@@ -53,11 +54,11 @@ def pass_at_k(rewards_PN: ArrayLike, *, k: int, threshold: float = 0.5) -> Score
 def maj_at_k(
     rewards_PN: ArrayLike, answers_PN: Sequence[Sequence[str | None]], *, k: int, threshold: float = 0.5
 ) -> Scores:
-    """Return the chance that the majority answer among k samples is correct, its reward over the threshold: [P].
+    """Return the chance that the majority answer among k samples is correct (its reward over the threshold), [P].
 
-    A sample votes for its extracted answer, compared as text, and None (no answer found) does not vote. A tie is not
-    broken but averaged: the score is the share of the tied answers that are correct, so that no sample order can change
-    it. The n samples are read as n // k blocks of k in order, and averaged; what is left over is not used.
+    A sample votes for its extracted answer, compared as text. None (no answer found) does not vote. A tie is averaged:
+    the score is the share of the tied answers that are correct, so the order within a block does not matter. The n
+    samples are split into n // k blocks of k, in order, and the blocks are averaged. Left-over samples are not used.
     """
     correct_PN = (_table(rewards_PN) > threshold).astype(np.float64)
     n = _checked_k(k, correct_PN.shape[1])
@@ -80,12 +81,12 @@ def _majority_score(correct: Scores, answers: Sequence[str | None]) -> float:
     if not votes:
         return 0.0
     most = max(len(voters) for voters in votes.values())
-    # Equal answers may differ: a time limit takes a reward away, and a user's function reads more than the answer.
+    # Equal answers may have unequal rewards: one may time out, and a user's function reads more than the answer.
     return float(np.mean([np.mean(voters) for voters in votes.values() if len(voters) == most]))
 
 
 def estimate(scores_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Estimate:
-    """Mean over problems with its percentile bootstrap interval; the same seed gives the same interval."""
+    """Return the mean over problems with its percentile bootstrap interval. The same seed gives the same interval."""
     scores = np.asarray(scores_P, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0:
         raise ValueError(f"scores have shape {scores.shape}: give one number per problem, and at least one problem")
@@ -95,7 +96,7 @@ def estimate(scores_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 
 
 
 def _resampled_means(scores: Scores, resamples: int, generator: np.random.Generator) -> Scores:
-    """Means of scores.size draws with replacement, made in blocks of bounded memory. Returns [resamples]."""
+    """Return the means of scores.size draws with replacement, [resamples], computed in blocks of bounded memory."""
     block = max(1, 2**20 // scores.size)
     sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
     return np.concatenate([scores[generator.integers(scores.size, size=(rows, scores.size))].mean(1) for rows in sizes])
@@ -104,9 +105,9 @@ def _resampled_means(scores: Scores, resamples: int, generator: np.random.Genera
 def macro_estimate(
     scores: Sequence[ArrayLike], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """The mean over sets of each set's mean over its problems, as a table's last column has it, with its interval.
+    """Return the mean over sets of each set's mean over its problems, with its interval: a table's last column.
 
-    Each resample draws the problems of every set again, within the set: the sets are given, the problems are drawn.
+    Each resample draws new problems within every set. The sets themselves are fixed.
     """
     if not scores:
         raise ValueError("there are no scores: give those of at least one set")
@@ -123,10 +124,10 @@ def macro_estimate(
 def paired_bootstrap(
     a_P: ArrayLike, b_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """mean(a) - mean(b) for two runs scored on the same problems in the same order, or for two arms on the same seeds.
+    """Return mean(a) - mean(b) with its interval, for two runs scored on the same problems in the same order.
 
-    Each resample takes both scores of a problem together, so that how hard the problems are cancels. The difference
-    is significant at 1 - confidence when the interval leaves out zero.
+    It also serves for two arms on the same seeds. Each resample takes both scores of a problem together, so the
+    difficulty of the problems cancels. The difference is significant at 1 - confidence if the interval excludes zero.
     """
     a, b = np.asarray(a_P, dtype=np.float64), np.asarray(b_P, dtype=np.float64)
     if a.shape != b.shape:
@@ -135,9 +136,9 @@ def paired_bootstrap(
 
 
 def t_interval(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Mean of independent values, such as one score per run, with Student's t interval; a single value has none (NaN).
+    """Return the mean of independent values, such as one score per run, with Student's t interval.
 
-    For a paired comparison give the differences.
+    A single value has no interval (NaN). For a paired comparison, give the differences.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or x.size == 0:
@@ -157,11 +158,11 @@ def summarise(
     threshold: float = 0.5,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Return the figures of an evaluation under their metric keys, for n samples of each problem.
+    """Return the results of an evaluation under their metric keys, for n samples of each problem.
 
-    A sample is correct when its reward is over the threshold; truncated means cut at the limit.
+    A sample is correct if its reward is over the threshold. It is truncated if it was cut at the token limit.
 
-    pass@k and maj@k are at n (pass_at_n) and at the powers of two below it (pass_at_1, pass_at_2, ...).
+    pass@k and maj@k are given at n (pass_at_n) and at the powers of two below it (pass_at_1, pass_at_2, ...).
 
     >>> summarise(rewards_PN=..., answers_PN=..., lengths_PN=..., truncated_PN=...)["eval/avg_at_n"]
     Estimate(value=0.62, low=0.53, high=0.70)

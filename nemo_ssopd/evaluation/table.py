@@ -1,4 +1,4 @@
-"""The paper's table from finished evaluations: a row per model, a column per set, Avg@n in percent, and their mean."""
+"""The paper's table of finished evaluations: one row per model, one column per set, Avg@n in percent, and the mean."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Row:
     sets: dict[str, dict[str, Any]]
 
     def average_over(self, titles: Sequence[str]) -> Estimate | None:
-        """The unweighted mean over all sets; None while one is missing."""
+        """Return the unweighted mean over all sets, or None while one is missing."""
         if any(title not in self.sets for title in titles):
             return None
         return macro_estimate([list(self.sets[title]["scores"].values()) for title in titles])
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:
-    """Every finished evaluation in these run_dirs, in order; ValueError when there is none, or one twice."""
+    """Read every finished evaluation in these run_dirs, in order. ValueError if there is none or one is repeated."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for folder in folders:
         for file in sorted(folder.glob(f"*/*/{SUMMARY}"), key=lambda file: file.stat().st_mtime_ns):
@@ -51,7 +51,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
 
 
 def write_table(folders: Sequence[Path], output: Path) -> tuple[list[Row], list[str]]:
-    """Write table.md, table.json and table.png of all that is finished; returns the rows and the sets' titles."""
+    """Write table.md, table.json and table.png of all finished evaluations. Return the rows and the sets' titles."""
     rows = read_rows(folders)
     titles = list(dict.fromkeys(title for row in rows for title in row.sets))
     output.mkdir(parents=True, exist_ok=True)
@@ -66,12 +66,12 @@ def column_headings(titles: Sequence[str]) -> list[str]:
 
 
 def cells(row: Row, titles: Sequence[str]) -> list[str]:
-    """A row's estimates with their intervals, in percent."""
+    """Return a row's estimates with their intervals, in percent, as text."""
     return [_interval(estimate) if estimate else "-" for estimate in _estimates(row, titles)]
 
 
 def markdown(rows: Sequence[Row], titles: Sequence[str]) -> str:
-    """Avg@n as in the paper; the same with intervals; every other figure."""
+    """Return table.md: Avg@n as in the paper, the same with intervals, paired differences, and all other numbers."""
     n = " or ".join(str(size) for size in sorted({s["samples"] for row in rows for s in row.sets.values()}))
     columns = column_headings(titles)
     plain = [[row.model, *(f"{100 * e.value:.1f}" if e else "-" for e in _estimates(row, titles))] for row in rows]
@@ -87,7 +87,7 @@ def markdown(rows: Sequence[Row], titles: Sequence[str]) -> str:
 
 
 def as_json(rows: Sequence[Row], titles: Sequence[str]) -> dict[str, Any]:
-    """The table's numbers, as fractions."""
+    """Return the table's numbers, as fractions."""
     averages = {row.model: row.average_over(titles) for row in rows}
     return {
         "sets": list(titles),
@@ -103,12 +103,12 @@ def as_json(rows: Sequence[Row], titles: Sequence[str]) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[Row], titles: Sequence[str]) -> Figure:
-    """Bars of Avg@n with their intervals, grouped by set."""
+    """Draw Avg@n as bars with their intervals, grouped by set."""
     columns = column_headings(titles)
     figure = Figure(figsize=(max(5.0, 1.2 + 1.6 * len(columns)), 3.6), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(rows)
-    lowest, highest = 0.0, 1.0  # rewards of a user's function may go beyond
+    lowest, highest = 0.0, 1.0  # a user's function may give rewards outside this range
     for index, row in enumerate(rows):
         for place, estimate in enumerate(_estimates(row, titles)):
             if estimate is None:
@@ -132,13 +132,13 @@ def draw(rows: Sequence[Row], titles: Sequence[str]) -> Figure:
 
 
 def _estimates(row: Row, titles: Sequence[str]) -> list[Estimate | None]:
-    """Of each set, and their mean where there are several."""
+    """Return the estimate of each set (None if missing) and, if there are several sets, their mean."""
     own = [Estimate(**row.sets[title]["avg_at_n"]) if title in row.sets else None for title in titles]
     return [*own, row.average_over(titles)] if len(titles) > 1 else own
 
 
 def _differences(rows: Sequence[Row], titles: Sequence[str]) -> list[list[str]]:
-    """Of each row to the first, where both were scored on the same problems."""
+    """Return the difference of each row to the first, for sets in which both were scored on the same problems."""
     lines = []
     for row in rows[1:]:
         cells = []
@@ -151,7 +151,7 @@ def _differences(rows: Sequence[Row], titles: Sequence[str]) -> list[list[str]]:
 
 
 def _details(rows: Sequence[Row], title: str) -> str:
-    """pass@k, maj@k, mean length and truncated share of one set."""
+    """Return the table of pass@k, maj@k, mean length and truncated share on one set."""
     first = rows[0].sets[title]
     shares = [key for key in first if key.startswith(("avg_at", "pass_at", "maj_at", "truncated"))]
     header = ["", *(_heading(key, first["samples"]) for key in shares), "tokens", "problems"]
