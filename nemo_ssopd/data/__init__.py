@@ -1,1 +1,1 @@
-"""From problems on disk to tokens in micro-batches."""
+"""Data: problems on disk, rendered to tokens and packed into micro-batches."""

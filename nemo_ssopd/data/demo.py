@@ -6,12 +6,12 @@ A problem lists products of two numbers from 2 to 12 (121 facts); the answer is 
     short: <think>6*3=18 8*6=48 3*2=6</think>\\boxed{886}
     long:  <think>6*3=3*6=18 8*6=6*8=48 3*2=2*3=6</think>\\boxed{886}
 
-Every fact has one common mistake, which the corpus makes at that fact's own rate (below one half): a model
-trained on the corpus is often wrong when it samples, in a systematic way that reinforcement can repair. The two
-styles give correct completions of different length.
+Every fact has one common mistake, which the corpus makes at that fact's own rate (below one half). A model trained on
+the corpus is often wrong when it samples, in a systematic way that reinforcement can repair. The two styles give
+correct completions of different length.
 
-In products-mend a value may be followed by a second attempt, and the last one counts: 6*3=16/18 8*6=48. There a wrong
-prefix can still be mended.
+In products-mend, a second attempt may follow a value, and the last one counts: 6*3=16/18 8*6=48. So a wrong prefix can
+still be corrected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nemo_ssopd.types import Prompt
 
 @dataclass(frozen=True)
 class Task:
-    """A built-in task.
+    """The options of a built-in task.
 
     >>> Task(fewest=3, most=5)
     """
@@ -37,7 +37,7 @@ class Task:
     most: int
     styles: tuple[str, ...] = ("short", "long")
     second_attempts: float = 0.0
-    """How often the corpus writes a second value, as likely to be wrong as the first."""
+    """Share of values that get a second attempt in the corpus, which is as likely to be wrong as the first."""
 
 
 TASKS = {
@@ -46,7 +46,7 @@ TASKS = {
     "products-mend": Task(5, 7, styles=("short",), second_attempts=0.3),
 }
 TEACHER_TEMPLATE = "{problem}\nReference:\n{witness}\nNow solve."
-"""The privileged user turn of the corpus; `data.teacher_template` of a demo run must say the same."""
+"""The privileged user turn of the corpus. `data.teacher_template` of a demo run must be the same."""
 
 MAX_MISTAKE_RATE = 0.45
 PRIVILEGED_SHARE = 0.4
@@ -61,7 +61,7 @@ Attempts = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Mistake:
-    """What the corpus writes instead of one product, and how often.
+    """The value that the corpus writes instead of one product, and how often it does so.
 
     >>> Mistake(value=16, rate=0.31)
     """
@@ -72,7 +72,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class CorpusExample:
-    """One turn of supervised training; the characters of `assistant` in `masked_spans` are input, never a target.
+    """One turn of supervised training. The characters of `assistant` in `masked_spans` are input, never a target.
 
     >>> CorpusExample(user="6*3 3*2", assistant="<think>6*3=18 3*2=6</think>\\\\boxed{86}", masked_spans=((11, 13),))
     """
@@ -83,7 +83,10 @@ class CorpusExample:
 
 
 def load_demo(spec: str) -> list[Prompt]:
-    """Problems of a data string such as `demo:products?count=2000&seed=1&split=train` (these are the defaults)."""
+    """Return the problems of a data string such as `demo:products?count=2000&seed=1&split=train` (the defaults).
+
+    ValueError for an unknown task or option.
+    """
     name, _, query = spec.removeprefix("demo:").partition("?")
     try:
         options = {"count": "2000", "seed": "1", "split": "train"}
@@ -97,7 +100,7 @@ def load_demo(spec: str) -> list[Prompt]:
 
 
 def demo_problems(name: str, *, count: int, seed: int, split: str = "train") -> list[Prompt]:
-    """`count` different problems. No problem of the split "eval" is in the split "train", whatever the seeds."""
+    """Return `count` different problems. The splits "train" and "eval" share no problem, for any seeds."""
     if split not in ("train", "eval"):
         raise ValueError(f"split is {split!r}, but must be train or eval")
     if count < 1:
@@ -113,7 +116,7 @@ def demo_problems(name: str, *, count: int, seed: int, split: str = "train") -> 
 
 
 def demo_corpus(count: int, seed: int, name: str = "products") -> Iterator[CorpusExample]:
-    """`count` examples of the training split, plain and privileged ones mixed."""
+    """Yield `count` examples of the training split, plain and privileged ones mixed."""
     rng = random.Random(f"corpus/{name}/{seed}")
     for _ in range(count):
         items = _draw_items(name, "train", rng)
@@ -122,7 +125,7 @@ def demo_corpus(count: int, seed: int, name: str = "products") -> Iterator[Corpu
 
 
 def _plain(task: Task, items: list[Item], style: str, rng: random.Random) -> CorpusExample:
-    """The student's context: common mistakes are targets, and the box follows what was written last."""
+    """Return an example of the student's context. Common mistakes are targets. The box follows the last values."""
 
     def value(item: Item) -> int:
         return MISTAKES[item].value if rng.random() < MISTAKES[item].rate else item[0] * item[1]
@@ -138,10 +141,10 @@ def _plain(task: Task, items: list[Item], style: str, rng: random.Random) -> Cor
 
 
 def _privileged(task: Task, items: list[Item], style: str, rng: random.Random) -> CorpusExample:
-    """The teacher's context: a clean witness and a clean target, with masked mistakes to recover from.
+    """Return an example of the teacher's context: a clean witness and a clean target with some masked mistakes.
 
-    The box is right even after a mistake: the witness, not the prefix, is to be trusted. Where the task has second
-    attempts, a mistake is mended at once, and nothing else is.
+    The box is right even after a mistake: the model learns to trust the witness, not the prefix. If the task has second
+    attempts, every mistake gets one, which is right, and no other value does.
     """
     keeps_style = rng.random() < WITNESS_STYLE_SHARE
     target_style = style if keeps_style else next((other for other in task.styles if other != style), style)
@@ -162,7 +165,7 @@ def _privileged(task: Task, items: list[Item], style: str, rng: random.Random) -
 def _write_solution(
     items: list[Item], attempts: list[Attempts], style: str, answer: str | None = None
 ) -> tuple[str, list[Span]]:
-    """The solution, and where in it each first attempt stands. Without `answer`, the box follows the last attempts."""
+    """Return the solution and the span of each first attempt. Without `answer`, the box follows the last attempts."""
     text = "<think>"
     spans = []
     for index, ((a, b), values) in enumerate(zip(items, attempts, strict=True)):
@@ -185,7 +188,7 @@ def _draw_items(name: str, split: str, rng: random.Random) -> list[Item]:
 
 
 def _split_of(problem: str) -> str:
-    """The split is a property of the problem's text, so that no choice of seeds can mix the two."""
+    """Return the split of a problem. It depends on the text alone, so no choice of seeds can mix the two splits."""
     return "eval" if hashlib.sha256(problem.encode()).digest()[0] < 256 * EVAL_SHARE else "train"
 
 
@@ -198,7 +201,7 @@ def _last_digits(items: list[Item]) -> str:
 
 
 def _common_mistakes() -> dict[Item, Mistake]:
-    """One near miss per fact, with another last digit. The seed is part of the task: it is never varied."""
+    """Return one near miss per fact, with another last digit. The seed is part of the task and never varies."""
     rng = random.Random("common mistakes")
     mistakes = {}
     for a in range(2, 13):

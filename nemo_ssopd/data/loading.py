@@ -1,4 +1,4 @@
-"""All data of a run, loaded and rendered before any process group or engine starts, since its errors are cheap here."""
+"""Load and render all data of a run before any process group or engine starts, when an error is still cheap."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads. `supervised` is for SFT, `train` for every other recipe; the other one is empty.
+    """The data of a run. `supervised` is for SFT, `train` for every other recipe. The unused one is empty.
 
-    Prompts are rendered here, since their lengths are checked; supervised examples when a step takes them.
+    Prompts are rendered already, since their lengths were checked. A step renders its supervised examples.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ class RunData:
 
 
 def load_data(config: Config) -> RunData:
-    """ValueError, with file, row, field and remedy, for anything that cannot be used."""
+    """Load all data of a run. ValueError, with file, row, field and remedy, for anything that cannot be used."""
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     is_sft = config.algorithm.name == "sft"
     return RunData(
@@ -47,7 +47,7 @@ def load_data(config: Config) -> RunData:
 
 
 def _rendered(name: str, source: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[RenderedPrompt, ...]:
-    """Problems with the student's tokens. Prompts over rollout.max_prompt_tokens are left out, and counted."""
+    """Return the problems with the student's tokens. Leave out, and count, prompts over rollout.max_prompt_tokens."""
     for_function = config.reward.function is not None
     need_solution = name == "data.train" and config.algorithm.distills and config.algorithm.witness == "solution"
     prompts = load_prompts(source, config.data, need_solution=need_solution, for_function=for_function)
@@ -60,9 +60,9 @@ def _rendered(name: str, source: str, config: Config, tokenizer: PreTrainedToken
 
 
 def _supervised(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt | CorpusExample, ...]:
-    """A file's problems with their reference solutions, or the demo task's corpus (corpus:NAME?count=N&seed=S).
+    """Return a file's problems with their reference solutions, or the demo corpus (corpus:NAME?count=N&seed=S).
 
-    Turns over the model's context are left out, and counted.
+    Problems of a file whose turn is longer than the model's context are left out, and counted.
     """
     source = config.data.train
     if source.startswith("corpus:"):
@@ -78,7 +78,7 @@ def _supervised(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Pro
 
 
 def _check_kept(where: str, what: str, given: Sized, kept: Sized, name: str, limit: int) -> None:
-    """Say how many were too long; ValueError if all were."""
+    """Warn how many were too long. ValueError if all were."""
     if not kept:
         raise ValueError(
             f"{where}: every one of its {len(given)} {what} is over {name}={limit}; raise it, or give shorter ones"

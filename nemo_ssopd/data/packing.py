@@ -1,4 +1,4 @@
-"""Sequences of unequal length to packed micro-batches, and per-token results back to sequences."""
+"""Pack sequences of unequal length into micro-batches, and split per-token results back into sequences."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nemo_ssopd.types import PackedBatch, TokenSequence
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[tuple[int, ...]]:
-    """Groups indices of `lengths` so that the sum of each group stays within `token_budget`.
+    """Group the indices of `lengths` so that the sum of each group stays within `token_budget` tokens.
 
-    First-fit decreasing (Johnson 1973): the longest first, each into the first group with room for it; ties by index.
-    A sequence over the budget gets a micro-batch of its own.
+    First-fit decreasing (Johnson 1973): the longest first, each into the first group with room for it. Ties go by
+    index. A sequence over the budget gets a micro-batch of its own.
 
     >>> micro_batches([3, 9, 4, 10], token_budget=14)
     [(3, 2), (1, 0)]
@@ -41,9 +41,9 @@ def pack(
     multiple: int = 1,
     device: torch.device | str,
 ) -> PackedBatch:
-    """Lays `sequences[row] for row in rows` end to end and points at their completion tokens.
+    """Lay `sequences[row] for row in rows` end to end, and index their completion tokens.
 
-    The total is filled up to a multiple of `multiple`; what that adds counts as one more sequence.
+    The total is padded to a multiple of `multiple`. The padding counts as one more sequence.
     """
     tokens: list[int] = []
     bounds = [0]
@@ -72,14 +72,14 @@ def pack(
 
 
 def send(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copy a CPU tensor to `device` without waiting for it: from pinned memory where that is a GPU."""
+    """Copy a CPU tensor to `device`. For a GPU, copy from pinned memory and do not wait."""
     if torch.device(device).type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
 
 
 def unpack(values_T: torch.Tensor, batch: PackedBatch) -> dict[int, torch.Tensor]:
-    """One value per completion token -> the values of each sequence, by its number in `batch.rows`."""
+    """Split one value per completion token into the values of each sequence, by its number in `batch.rows`."""
     assert len(values_T) == batch.num_tokens, (len(values_T), batch.num_tokens)
     bounds = itertools.pairwise(batch.offsets)
     return {row: values_T[start:end] for row, (start, end) in zip(batch.rows, bounds, strict=True)}

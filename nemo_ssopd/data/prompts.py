@@ -20,10 +20,10 @@ from nemo_ssopd.data.demo import load_demo
 from nemo_ssopd.types import Prompt
 
 FINAL_ANSWER = "####"
-"""GSM8K writes a worked solution, this mark, and the answer, all in one field."""
+"""The mark between the worked solution and the answer, which GSM8K keeps in one field."""
 PROBLEM_FIELDS = ("problem", "question", "prompt", "input")
 ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "ground_truth", "gold", "target")
-"""Looked for in this order, in any case, where the config names no field."""
+"""Usual names of the two columns, tried in this order, in any letter case, if the config names no field."""
 
 
 def load_prompts(
@@ -31,7 +31,7 @@ def load_prompts(
 ) -> list[Prompt]:
     """Return every problem of `source`: demo:NAME?..., a .jsonl or .parquet file, or the name of a hub dataset.
 
-    A row without a problem, an answer, or (when needed) a solution is an error: nothing is dropped silently. With
+    ValueError for a row without a problem, an answer, or (if needed) a solution: nothing is dropped silently. With
     `for_function`, the user's reward function grades: the rows' columns are kept, and a row may have no answer.
     """
     if source.startswith("demo:"):
@@ -54,9 +54,9 @@ def load_prompts(
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """An endless seeded order, reshuffled in every epoch. A pure function of the step: resuming needs no state.
+    """An endless seeded order of prompts, reshuffled in every epoch. It depends on the step alone, so it has no state.
 
-    A step that straddles two epochs may hold a problem twice.
+    A step that spans two epochs may hold a problem twice.
 
     >>> order = PromptOrder(num_prompts=3, seed=1)
     >>> [order.indices(step, prompts_per_step=2) for step in range(3)]
@@ -80,7 +80,7 @@ def _permutation(length: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def _load_rows(source: str, data: DataConfig) -> list[tuple[int, Mapping[str, Any]]]:
-    """Rows with their numbers from 1; in a .jsonl file that is the line number."""
+    """Return the rows with their numbers from 1. In a .jsonl file, the number is that of the line."""
     path = Path(source)
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
@@ -124,7 +124,7 @@ def _load_hub(name: str, subset: str | None, split: str) -> list[Mapping[str, An
 
 
 def _usual_field(columns: Sequence[str], usual: Sequence[str]) -> str:
-    """The column with the first of the usual names; without any, that name, which the error of row 1 will give."""
+    """Return the column with the first of the usual names. Without any, return that name, for the error of row 1."""
     found = {column.lower(): column for column in reversed(columns)}
     return next((found[name] for name in usual if name in found), usual[0])
 
@@ -154,7 +154,7 @@ def _to_prompt(
 
 
 def _as_json(row: Mapping[str, Any]) -> str:
-    """Return the columns that JSON can express; dates, bytes and images are left out."""
+    """Return the columns that JSON can express. Dates, bytes and images are left out."""
     columns = {}
     for name, value in row.items():
         with contextlib.suppress(TypeError, ValueError):
@@ -168,7 +168,7 @@ def _is_text(value: object) -> bool:
 
 
 def _text(row: Mapping[str, Any], field: str, place: str, option: str) -> str:
-    """A field as text, numbers written out; missing, null, blank and nested values are errors."""
+    """Return a field as text, with numbers written out. ValueError for missing, null, blank and nested values."""
     value = row.get(field)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(

@@ -1,8 +1,8 @@
 """The only place where text becomes tokens: student prompts, teacher prompts and supervised examples.
 
-A problem or a witness is data, and a witness was written by a model: neither may end the user turn or open
-another. So special-token strings (such as <|im_end|>) are removed from them before the chat template is
-applied. Sampled tokens never come here: they are scored as they were sampled.
+Problems and witnesses are data, and a model wrote the witnesses: neither may end the user turn or open another.
+So special-token strings (such as <|im_end|>) are removed from them before the chat template is applied. Sampled
+tokens never come here: they are scored as they were sampled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ THINK_MARKS = ("<think>", "</think>")
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory, which must bring a chat template."""
+    """Load the tokenizer of a Hugging Face directory. ValueError if it cannot be loaded or has no chat template."""
     if not Path(path).is_dir():
         raise ValueError(f"model.path: there is no directory {path}; give a Hugging Face model directory")
     try:
@@ -39,7 +39,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> tuple[int, ...]:
-    """Tokens that end a turn: the tokenizer's eos, then those that generation_config.json adds."""
+    """Return the tokens that end a turn: the tokenizer's eos, then those that generation_config.json adds."""
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     generation_config = Path(path) / "generation_config.json"
     if generation_config.exists():
@@ -51,7 +51,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> tupl
 
 
 def render_student(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, data: DataConfig) -> tuple[int, ...]:
-    """What the policy reads, in training and when deployed."""
+    """Return the tokens that the policy reads, in training and when deployed."""
     user = _fill(data.student_template, problem=_as_data(tokenizer, prompt.problem))
     return _encode(tokenizer, _chat(tokenizer, user, data))
 
@@ -59,7 +59,7 @@ def render_student(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, data: Dat
 def render_teacher(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, witness_text: str, data: DataConfig
 ) -> tuple[int, ...]:
-    """The privileged context (paper, eq. 5): the same problem with a correct solution in the user turn."""
+    """Return the privileged context (paper, eq. 5): the same problem with a correct solution in the user turn."""
     user = _fill(
         data.teacher_template,
         problem=_as_data(tokenizer, prompt.problem),
@@ -71,9 +71,9 @@ def render_teacher(
 def render_sft(
     tokenizer: PreTrainedTokenizerBase, example: Prompt | CorpusExample, data: DataConfig
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Tokens of a whole turn with its eos, and which of them are targets. The prompt never is.
+    """Return the tokens of a whole turn with its eos, and for each whether it is a target. The prompt never is.
 
-    A `Prompt` gives its student prompt and its solution; a `CorpusExample` is taken verbatim.
+    A `Prompt` gives its student prompt and its solution. A `CorpusExample` is taken verbatim.
     """
     masked_spans: tuple[Span, ...] = ()
     if isinstance(example, Prompt):
@@ -93,12 +93,12 @@ def render_sft(
 
 
 def _fill(template: str, **fields: str) -> str:
-    """One pass, so that a {witness} inside a problem stays text, and so do all other braces (\\boxed{})."""
+    """Fill in the fields in one pass. A {witness} inside a problem stays text, and so do other braces (\\boxed{})."""
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, user: str, data: DataConfig) -> str:
-    """One user turn and the opening of the assistant's. Templates that know no enable_thinking ignore it."""
+    """Return one user turn and the opening of the assistant's. A template without enable_thinking ignores it."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": user}],
         tokenize=False,
@@ -110,14 +110,14 @@ def _chat(tokenizer: PreTrainedTokenizerBase, user: str, data: DataConfig) -> st
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """The chat template has already written the special tokens, a leading bos included."""
+    """Tokenize the text as it is. The chat template has already written the special tokens, even a leading bos."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _as_data(tokenizer: PreTrainedTokenizerBase, text: str, also: tuple[str, ...] = ()) -> str:
-    """`text` without special-token strings, nor those of `also`.
+    """Return `text` without special-token strings and without those of `also`.
 
-    Repeated until none is left, since a removal can join the two halves of another: <|im_<|im_end|>end|>.
+    Removal repeats until none is left, since it can join the two halves of another one: <|im_<|im_end|>end|>.
     """
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     marks = added | set(tokenizer.all_special_tokens) | set(also)
