@@ -1,1 +1,1 @@
-"""The algorithm in plain torch: advantages, selection, losses. No Megatron, no vLLM, no files."""
+"""The algorithm in plain torch: advantages, selection, losses. It uses no Megatron, no vLLM and no files."""

@@ -1,4 +1,4 @@
-"""Group advantages (paper eq. 1), their variants, and what a completion near the length limit loses."""
+"""Group advantages (paper eq. 1), their variants, and the penalty for completions near the length limit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 def group_advantages(rewards: Sequence[float], *, eps: float = 1e-4, kind: str = "std") -> list[float]:
-    """A_i = (r_i - mean(r)) / (std(r) + eps), with the population standard deviation of this group alone.
+    """Return A_i = (r_i - mean(r)) / (std(r) + eps), with the population standard deviation of this group alone.
 
-    A uniform group has exactly zero advantages: it teaches GRPO nothing, whatever its rounding errors. The other kinds:
-    mean, without the division (Dr. GRPO, arXiv 2503.20783); leave_one_out, r_i less the mean of the others, which is
-    G / (G - 1) times that (RLOO, arXiv 2402.14740).
+    A uniform group gets exactly zero advantages, free of rounding errors, so GRPO learns nothing from it. Other kinds:
+    "mean" is without the division (Dr. GRPO, arXiv 2503.20783). "leave_one_out" is r_i minus the mean of the others,
+    which is G / (G - 1) times "mean" (RLOO, arXiv 2402.14740). ValueError for an empty group.
 
     >>> group_advantages([1.0, 0.0, 0.0, 1.0], eps=0.0)
     [1.0, -1.0, -1.0, 1.0]
@@ -28,9 +28,9 @@ def group_advantages(rewards: Sequence[float], *, eps: float = 1e-4, kind: str =
 
 
 def overlong_penalty(length: int, *, limit: int, buffer: int) -> float:
-    """From 0 at `buffer` tokens before the limit down to -1 at the limit, to be added to the reward.
+    """Return a penalty to add to the reward: 0 until `buffer` tokens before the limit, then down to -1 at the limit.
 
-    Soft overlong punishment (DAPO, arXiv 2503.14476); 0 for a buffer of 0.
+    This is the soft overlong punishment (DAPO, arXiv 2503.14476). A buffer of 0 disables it.
 
     >>> overlong_penalty(90, limit=100, buffer=40)
     -0.75

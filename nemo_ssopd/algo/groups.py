@@ -1,4 +1,4 @@
-"""What graded groups are worth: which a step keeps, their advantages, and what is logged about them."""
+"""Graded groups: which ones a step keeps, their advantages, and their metrics."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from nemo_ssopd.types import RolloutGroup
 
 
 def is_mixed(group: RolloutGroup) -> bool:
-    """Tell whether the group has a correct and a wrong completion: then it has a pair."""
+    """Tell whether the group has a correct and a wrong completion, and so a pair."""
     return all(split(group.rewards, group.threshold))
 
 
 def is_uniform(group: RolloutGroup) -> bool:
-    """Tell whether all rewards are equal: then the group has no advantages, and no pair."""
+    """Tell whether all rewards are equal. Then all advantages are zero, and there is no pair."""
     return len(set(group.rewards)) == 1
 
 
 def kept_groups(sampled: Sequence[RolloutGroup], wanted: int) -> list[RolloutGroup]:
-    """Return `wanted` of the sampled groups in their order, uniform ones only where the others are too few."""
+    """Return `wanted` of the sampled groups in their order, with uniform ones only if the others are too few."""
     uniform_last = sorted(range(len(sampled)), key=lambda g: is_uniform(sampled[g]))
     return [sampled[g] for g in sorted(uniform_last[:wanted])]
 
 
 def advantages(group: RolloutGroup, algorithm: AlgorithmConfig, *, max_new_tokens: int) -> list[float]:
-    """Of each completion; zero, and with it the surrogate and its gradient, where the recipe has no reward term.
+    """Return one advantage per completion, all zero if the recipe has no reward term.
 
-    A punishment for length counts here alone: selection and metrics go by the grader's reward.
+    Zero advantages make the surrogate and its gradient zero. The penalty for length counts here only: selection and
+    metrics use the grader's reward.
     """
     if not algorithm.rewards:
         return [0.0] * len(group.rollouts)
@@ -42,14 +43,14 @@ def advantages(group: RolloutGroup, algorithm: AlgorithmConfig, *, max_new_token
 
 
 def selected(group: RolloutGroup, candidates: Sequence[int], selector: str) -> int:
-    """The candidate that the selector names, by length or by the sampler's mean log-prob."""
+    """Return the candidate that the selector names, by length in tokens or by the sampler's mean log-prob."""
     logprobs = [rollout.completion.logprobs for rollout in group.rollouts]
     means = [sum(values) / len(values) for values in logprobs]
     return select(candidates, by=selector, lengths=group.lengths, mean_logprobs=means)
 
 
 def group_metrics(sampled: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> Metrics:
-    """What the rollouts of a step were like, those of dropped groups included."""
+    """Return metrics of all rollouts of a step, also those of dropped groups."""
     rollouts = [rollout for group in sampled for rollout in group.rollouts]
     correct = [len(split(group.rewards, group.threshold)[0]) for group in sampled]
     size = len(sampled[0].rollouts)
@@ -70,7 +71,7 @@ def group_metrics(sampled: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -
 
 
 def pair_metrics(group: RolloutGroup, algorithm: AlgorithmConfig) -> Metrics:
-    """Lengths of the selected correct and wrong completion of a mixed group, whatever the recipe does with them."""
+    """Return the lengths, in tokens, of the selected correct and wrong completion of a mixed group, for any recipe."""
     if not is_mixed(group):
         return {}
     correct, wrong = split(group.rewards, group.threshold)

@@ -1,7 +1,7 @@
 """GRPO's terms, one value per completion token (paper eq. 2). T counts the completion tokens of a micro-batch.
 
-Nothing here averages: the caller sums over its tokens and divides once, by the token count of the global batch,
-so that value and gradient do not depend on micro-batch size, data-parallel size or padding.
+Nothing here averages. The caller sums over its tokens and divides once, by the token count of the global batch. So
+value and gradient do not depend on micro-batch size, data-parallel size or padding.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 
 @dataclass(frozen=True)
 class RatioClip:
-    """Bound the ratio of the policy to the old one: between 1 - low and 1 + high.
+    """The bounds on the ratio of the policy to the old one: between 1 - low and 1 + high.
 
-    A `dual` above 1 also bounds what a token with a negative advantage can cost: at most -dual times the advantage
-    (dual-clip PPO, arXiv 1912.09729); 0 turns it off.
+    A `dual` above 1 also bounds the loss of a token with a negative advantage, by -dual times the advantage (dual-clip
+    PPO, arXiv 1912.09729). 0 disables it.
 
     >>> RatioClip(low=0.2, high=0.28)
     """
@@ -35,9 +35,9 @@ def clipped_surrogate(
 ) -> torch.Tensor:
     """Return the per-token loss, to be minimized: l_t = -min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t), [T].
 
-    rho_t = exp(log pi_theta - log pi_old) at the sampled token; `advantages_T` repeats each completion's advantage
-    over its tokens. Gradients flow through `logprobs_T` only: where the clip is active (see `ratio_stats`) there
-    is none, elsewhere dl_t/dlog pi_theta = -rho_t A_t. The denominator is the caller's.
+    rho_t = exp(log pi_theta - log pi_old) at the sampled token. `advantages_T` repeats each completion's advantage
+    over its tokens. Gradients flow through `logprobs_T` only. Where the clip is active (see `ratio_stats`) there is
+    none. Elsewhere dl_t/dlog pi_theta = -rho_t A_t. The caller divides.
     """
     ratio_T = torch.exp(logprobs_T - old_logprobs_T.detach())
     advantages_T = advantages_T.detach()
@@ -49,40 +49,45 @@ def clipped_surrogate(
 
 
 def importance(old_logprobs_T: torch.Tensor, sampler_logprobs_T: torch.Tensor) -> torch.Tensor:
-    """pi_old / pi_sampler at the sampled token: by how much the engine samples it too rarely. Detached; returns [T]."""
+    """Return pi_old / pi_sampler at each sampled token, [T], detached. Above 1, the engine samples it too rarely."""
     return torch.exp(old_logprobs_T - sampler_logprobs_T).detach()
 
 
 def k3_penalty(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor) -> torch.Tensor:
-    """Per-token estimate of the reverse KL(pi_theta || pi_ref): exp(d) - d - 1, d = log pi_ref - log pi_theta.
+    """Return a per-token estimate of the reverse KL(pi_theta || pi_ref), [T], in nats (k3).
 
-    Never negative, zero where the two agree; its mean over tokens sampled from pi_theta is the KL. It is added to
-    the loss with weight beta. Gradients flow through `logprobs_T` only: 1 - exp(d). Returns [T]; the denominator is
-    the caller's.
+    It is exp(d) - d - 1, with d = log pi_ref - log pi_theta: never negative, and zero where the two agree. Its mean
+    over tokens sampled from pi_theta is the KL. It is added to the loss with weight beta. Gradients flow through
+    `logprobs_T` only: 1 - exp(d). The caller divides.
     """
     d_T = reference_logprobs_T.detach() - logprobs_T
     return torch.expm1(d_T) - d_T
 
 
 def k1_penalty(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor) -> torch.Tensor:
-    """log pi_theta - log pi_ref: unbiased for the KL, of either sign. Its gradient as a loss is 1, zero on average over
-    the policy's own tokens: it measures, and hardly regularises (Schulman 2020, "Approximating KL divergence")."""
+    """Return log pi_theta - log pi_ref, [T], in nats: an unbiased estimate of the KL, of either sign (k1).
+
+    As a loss it hardly regularizes: its gradient in log pi_theta is 1, and its effect averages to zero over the
+    policy's own tokens (Schulman 2020, "Approximating KL divergence").
+    """
     return logprobs_T - reference_logprobs_T.detach()
 
 
 def k2_penalty(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor) -> torch.Tensor:
-    """Half the square of k1: biased for the KL, of low variance; its gradient, k1, is on average that of the KL
-    (Schulman 2020)."""
+    """Return half the square of k1, [T]: a biased estimate of the KL with low variance (Schulman 2020).
+
+    As a loss, its gradient in log pi_theta is k1, which on average gives the gradient of the KL.
+    """
     return 0.5 * (logprobs_T - reference_logprobs_T.detach()).square()
 
 
 PENALTIES = {"k1": k1_penalty, "k2": k2_penalty, "k3": k3_penalty}
-"""Estimates of KL(pi_theta || pi_ref) at the sampled tokens, by name."""
+"""Functions that estimate KL(pi_theta || pi_ref) at the sampled tokens, by name."""
 
 
 @dataclass(frozen=True)
 class RatioStats:
-    """Detached diagnostics, one value per token.
+    """The ratio of each token and whether the clip cut its gradient, detached, [T] each.
 
     >>> stats = RatioStats(ratio_T=torch.tensor([1.0, 1.5]), clipped_T=torch.tensor([False, True]))
     """
@@ -97,10 +102,10 @@ def ratio_stats(
     advantages_T: torch.Tensor,
     clip: RatioClip,
 ) -> RatioStats:
-    """The ratio of each token, and whether the clip takes its gradient away.
+    """Return the ratio of each token, and whether the clip cuts its gradient.
 
-    It does so only where the ratio has already moved the way the advantage pushes: above 1 + clip.high for A > 0,
-    below 1 - clip.low for A < 0; and with a dual clip, above it for A < 0.
+    The clip cuts it only if the ratio has already moved the way the advantage pushes: above 1 + clip.high for A > 0,
+    below 1 - clip.low for A < 0. A dual clip also cuts it if the ratio is above `clip.dual` for A < 0.
     """
     ratio_T = torch.exp(logprobs_T.detach() - old_logprobs_T.detach())
     too_high_T = (ratio_T > 1 + clip.high) & (advantages_T > 0)

@@ -2,9 +2,9 @@
 
     L = token loss / its token count  +  sum over auxiliary losses: loss / its own count          (paper eq. 13)
 
-All counts are those of the global batch, over data-parallel ranks and micro-batches, so no term dilutes another and
-none depends on how the batch is split. Functions here divide by no count: `MegatronPolicy` does. Metrics hold scalar
-tensors, so nothing here waits for the device.
+All counts are those of the global batch, over data-parallel ranks and micro-batches. So no term dilutes another, and
+none depends on how the batch is split. `MegatronPolicy` divides by the counts, not the functions here. Metrics hold
+scalar tensors, so nothing here waits for the device.
 
 Shapes: T completion tokens of a micro-batch, K positions that an auxiliary loss reads, H hidden size, W this rank's
 vocabulary shard.
@@ -29,9 +29,9 @@ from nemo_ssopd.types import TrainExample
 class TokenInputs:
     """Per-token values of one micro-batch, each [T], at the sampling temperature. Only `logprobs_T` has a gradient.
 
-    `weights_T` are the examples' token weights: 0 leaves a token out. `old_logprobs_T` None means that the policy has
-    not moved since sampling: its own log-probs are the old ones. `sampler_logprobs_T` and `reference_logprobs_T` are
-    None where the recipe has none.
+    `weights_T` are the examples' token weights: 0 leaves a token out. If `old_logprobs_T` is None, the policy has not
+    moved since sampling, and its own log-probs are the old ones. `sampler_logprobs_T` and `reference_logprobs_T` are
+    None if the recipe does not use them.
 
     >>> TokenInputs(logprobs_T=lp, entropy_T=h, weights_T=w, advantages_T=a)
     """
@@ -46,7 +46,7 @@ class TokenInputs:
 
 
 TokenLoss = Callable[[TokenInputs], tuple[torch.Tensor, Metrics]]
-"""Return the loss of each token, [T], not yet weighted, and metrics."""
+"""A function that returns the loss of each token, [T], not yet weighted, and metrics."""
 
 
 def grpo_loss(
@@ -57,9 +57,9 @@ def grpo_loss(
     reference_penalty: str = "k3",
     importance_cap: float = 0.0,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Return the clipped surrogate plus reference_kl times the penalty, per token [T] (paper eq. 2); to be minimized.
+    """Return the clipped surrogate plus reference_kl times the penalty, per token [T], to be minimized (paper eq. 2).
 
-    With an `importance_cap` above 0 the surrogate is weighted by `importance`, truncated there (truncated importance
+    An `importance_cap` above 0 weights the surrogate by `importance`, truncated at the cap (truncated importance
     sampling: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
     """
     tokens, weights_T = inputs.logprobs_T.numel(), inputs.weights_T
@@ -90,7 +90,7 @@ def grpo_loss(
 
 
 def sft_loss(inputs: TokenInputs) -> tuple[torch.Tensor, Metrics]:
-    """Return the cross-entropy of each token, [T]; tokens of weight 0 are read but not learned."""
+    """Return the cross-entropy of each token, [T], in nats. Tokens of weight 0 are read but not learned."""
     loss_T = -inputs.logprobs_T
     return loss_T, {"loss/sft": _mean_of(loss_T, inputs.weights_T)}
 
@@ -104,24 +104,24 @@ class AuxLoss(Protocol):
 
     @property
     def area(self) -> str:
-        """The first part of its metrics' names, area/name."""
+        """Return the first part of its metrics' names, area/name."""
         ...
 
     def positions(self, example: TrainExample) -> int:
-        """Return how many leading completion positions of this example the loss reads; 0 for none."""
+        """Return how many leading completion positions of this example the loss reads, 0 for none."""
         ...
 
     def denominator(self, examples: Sequence[TrainExample]) -> float:
-        """Return this rank's share of what the loss is divided by. The shares are summed over data-parallel ranks."""
+        """Return this rank's share of the loss's denominator. The shares are summed over data-parallel ranks."""
         ...
 
     def __call__(
         self, examples: Sequence[TrainExample], hidden_KH: torch.Tensor, weight_WH: torch.Tensor
     ) -> tuple[torch.Tensor, Metrics]:
-        """Return the sum of the losses of `examples`, and metrics without the area.
+        """Return the sum of the losses of `examples`, and metrics without the area in their names.
 
-        `hidden_KH` holds the student's hidden states at the examples' positions, laid end to end: those that predict
-        the first completion tokens. `weight_WH` is this rank's part of the output layer.
+        `hidden_KH` holds the student's hidden states at the examples' positions, laid end to end. They predict the
+        first completion tokens. `weight_WH` is this rank's part of the output layer.
         """
         ...
 
@@ -130,11 +130,11 @@ class AuxLoss(Protocol):
 class Distillation:
     """SSOPD's auxiliary loss (paper eqs. 3, 6, 11): lambda(x) / K_x * sum_t sum_v min(p_T (log p_T - log p_S), tau).
 
-    tau is `kl_clip`. The loss is divided by the number of prompts. Teacher and student share the output layer, so
-    hidden states of both are all it takes.
+    tau is `kl_clip`. The loss is divided by the number of prompts. Teacher and student share the output layer, so the
+    loss needs only the hidden states of both.
 
-    Not the paper's: another `divergence` (see `ops/divergences.py`), and `contrast` times the loss against a second
-    teacher, which is subtracted.
+    Two options are not in the paper. `divergence` chooses another divergence (see `ops/divergences.py`). `contrast`
+    times the loss against a second teacher is subtracted.
     """
 
     area: ClassVar[str] = "ssopd"
@@ -213,7 +213,7 @@ def _distillation_metrics(stats: DivergenceStats, examples: Sequence[TrainExampl
         "pairs": Sum(len(examples)),
         "kl_unclipped": Mean(kl, positions),
         "clipped_positions": Mean(stats.was_clipped_T.sum(), positions),
-        # A KL that is zero up to rounding has no share that was cut.
+        # The clip cuts no share of a KL that is zero up to rounding.
         "clipped_mass": Mean(stats.clipped_mass_T.sum().where(kl > 0, 0.0), kl.where(kl > 0, 0.0)),
         "teacher_entropy": Mean(stats.teacher_entropy_T.sum(), positions),
         "student_entropy": Mean(stats.student_entropy_T.sum(), positions),

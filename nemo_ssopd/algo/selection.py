@@ -1,4 +1,4 @@
-"""Which completions of a group the distillation uses, and how much the group weighs (paper eqs. 8, 10, 12)."""
+"""Select the completions of a group for distillation, and weight the group (paper eqs. 8, 10, 12)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nemo_ssopd.types import Pair
 def select(
     candidates: Sequence[int], *, by: str, lengths: Sequence[int], mean_logprobs: Sequence[float] | None = None
 ) -> int:
-    """The shortest or longest candidate in tokens, or the one with the max_logprob or min_logprob of a mean token.
+    """Return one candidate: the shortest or longest in tokens, or the one with the max_logprob or min_logprob.
 
-    `candidates` are indices into `lengths` and `mean_logprobs`. Ties go to the lower index, so that every rank selects
-    the same one.
+    `candidates` are indices into `lengths` and `mean_logprobs`, the mean log-probs per token. Ties go to the lower
+    index, so every rank selects the same candidate.
 
     >>> select([0, 2, 3], by="longest", lengths=[7, 9, 4, 7])
     0
@@ -37,7 +37,9 @@ def select_pair(
     wrong_by: str = "longest",
     threshold: float = 0.5,
 ) -> Pair | None:
-    """Select by default the shortest correct and the longest wrong completion; None for a uniform group.
+    """Return one correct and one wrong completion, or None if the group lacks either.
+
+    By default these are the shortest correct and the longest wrong completion.
 
     >>> select_pair(rewards=[0.0, 1.0, 1.0, 0.0], lengths=[7, 9, 4, 7])
     Pair(correct=2, wrong=0)
@@ -58,10 +60,10 @@ def select_pair(
 def frontier_weight(
     rewards: Sequence[float], *, lambda_0: float, shape: str = "dynamic", threshold: float = 0.5
 ) -> float:
-    """Return lambda(x) = lambda_0 p(1 - p), p the share of correct completions: exactly zero for a uniform group.
+    """Return lambda(x) = lambda_0 p(1 - p), with p the share of correct completions in the group.
 
-    It peaks at lambda_0 / 4, for a balanced group. p is the plain sample share, without a small-group correction. The
-    other shape, fixed, is lambda_0 for every group, uniform ones too.
+    It is exactly zero for a uniform group, and peaks at lambda_0 / 4 for a balanced one. p is the plain sample share,
+    without a small-group correction. The other shape, "fixed", gives lambda_0 for every group, even for uniform ones.
 
     >>> frontier_weight([1.0, 0.0, 0.0, 0.0], lambda_0=1.0)
     0.1875
@@ -75,7 +77,7 @@ def frontier_weight(
 
 
 def split(rewards: Sequence[float], threshold: float = 0.5) -> tuple[list[int], list[int]]:
-    """Return the indices of the correct and of the wrong completions.
+    """Return the indices of the correct completions and those of the wrong ones.
 
     >>> split([0.0, 1.0, 0.0])
     ([1], [0, 2])
@@ -85,5 +87,5 @@ def split(rewards: Sequence[float], threshold: float = 0.5) -> tuple[list[int], 
 
 
 def is_correct(reward: float, threshold: float = 0.5) -> bool:
-    """Tell whether a completion counts as correct, everywhere but in advantages and means, which take the reward."""
+    """Tell whether a completion counts as correct. Advantages and mean rewards use the reward itself instead."""
     return reward > threshold
