@@ -1,1 +1,1 @@
-"""What people look at: sinks, report, model card, profiles."""
+"""Output for people: metric sinks, report, model card, profiles."""

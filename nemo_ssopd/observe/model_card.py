@@ -1,4 +1,4 @@
-"""The README.md of an exported model: where it comes from, how it was trained, what was measured."""
+"""The README.md of an exported model: its origin, its training and its metrics."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ METRICS = {
 
 
 def model_card(config: Config, step: int, run_dir: Path, *, dtype: str, rounding: Rounding | None) -> str:
-    """Markdown. Metrics are those that `run_dir`/metrics.jsonl has up to `step`; without that file, there are none.
+    """Return the model card as Markdown. Its metrics are those of `run_dir`/metrics.jsonl up to `step`, if it exists.
 
-    The weights are written in `dtype`. `rounding` is what that cost, or None for an adapter by itself.
+    The weights are written in `dtype`. `rounding` is the loss from that, or None for an adapter by itself.
     """
     is_adapter = rounding is None
     rows = [row for row in _rows(run_dir) if (row["step"] or 0) <= step]

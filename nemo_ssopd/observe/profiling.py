@@ -1,4 +1,4 @@
-"""Traces of single steps: where the time goes, and on CUDA what holds the memory."""
+"""Traces of single steps: where the time goes and, on CUDA, what holds the memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nemo_ssopd.megatron.runtime import Runtime
 from nemo_ssopd.run.watchdog import Watch
 
 MEMORY_EVENTS = 200_000
-"""Latest allocations and frees that a memory snapshot shows, each with its stack: several KB (ours)."""
+"""Number of latest allocations and frees in a memory snapshot, each with its stack: several KB (ours)."""
 
 
 @contextmanager
 def profiled(config: Config, runtime: Runtime, watch: Watch, *, step: int) -> Iterator[None]:
-    """Write what this rank did inside to run_dir/profile/, if `step` is one of trainer.profile_steps; else do nothing.
+    """Profile the block on this rank into run_dir/profile/ if `step` is in trainer.profile_steps. Else do nothing.
 
     The trace names the stages (`metrics.StageTimer`). Open it in ui.perfetto.dev, and the snapshot in
     pytorch.org/memory_viz.

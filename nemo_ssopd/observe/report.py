@@ -1,7 +1,6 @@
 """The report of a run: its curves in report.png, and one self-contained page, report.html.
 
-The page loads nothing from anywhere: the figure is embedded, and everything that a run wrote (a model's completions
-among it) is escaped.
+The page loads nothing: the figure is embedded. All text that a run wrote, also a model's completions, is escaped.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from rich.table import Table
 from nemo_ssopd.algo.selection import is_correct
 
 Row: TypeAlias = dict[str, float | None]
-"""One logged step: {"step": 3, "reward/mean": 0.5, ...}; None is a value that was not finite."""
+"""One logged step: {"step": 3, "reward/mean": 0.5, ...}. None stands for a value that was not finite."""
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """The lines of metrics.jsonl in order; a last line that the run did not live to finish is left out."""
+    """Read the lines of metrics.jsonl in order. An incomplete last line is left out. ValueError if there are none."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give the run_dir of a training run")
@@ -49,7 +48,7 @@ def read_metrics(run_dir: Path) -> list[Row]:
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it was logged and finite.
+    """Return the steps and values of one metric, for steps where it was logged and finite.
 
     >>> series([{"step": 0, "loss/total": None}, {"step": 1, "loss/total": 0.2}], "loss/total")
     ([1], [0.2])
@@ -60,14 +59,14 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
 
 # ---- The figure ------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colors, which color-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 INK, FAINT = "#333333", "#DDDDDD"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot. `lines` are (label, metric key); a metric KEY_low and KEY_high is drawn as its interval.
+    """One small plot. `lines` are (label, metric key). Metrics KEY_low and KEY_high are drawn as its interval.
 
     >>> Panel("Gradient norm", "before clipping", (("", "optim/grad_norm"),))
     """
@@ -131,7 +130,7 @@ PANELS = (
 
 
 def draw(rows: Sequence[Row], *, title: str) -> Figure:
-    """Small multiples over the steps: a panel for each of PANELS that the run has numbers for, and one for the time."""
+    """Draw a grid of plots over the steps: one for each of PANELS that the run has numbers for, and one for times."""
     panels: list[tuple[str, str, Callable[[Axes], None]]] = [
         (panel.title, panel.unit, lambda axes, panel=panel: _draw_lines(axes, rows, panel))  # type: ignore[misc]
         for panel in PANELS
@@ -162,7 +161,7 @@ def draw(rows: Sequence[Row], *, title: str) -> Figure:
 
 
 def _draw_lines(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
-    """Each metric faint as logged and, when it has many points, bold as its running mean; evaluations with bars."""
+    """Draw each metric as a line. Many points are drawn faint, with a bold running mean. Evaluations get intervals."""
     smallest, largest = math.inf, -math.inf
     for (label, key), colour in zip(panel.lines, COLOURS, strict=False):
         steps, values = series(rows, key)
@@ -180,12 +179,12 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, running_mean(values, len(values) // 15), color=colour, linewidth=1.8, label=label)
     if panel.percent:
-        # The clipped loss can be negative, and more than the whole KL then cut off; rewards may be any numbers.
+        # The clipped loss can be negative. Then more than the whole KL was cut off. Rewards may be any numbers.
         axes.set_ylim(min(0, 1.05 * smallest), max(1.02, 1.05 * largest))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     elif panel.log and smallest > 0:
         axes.set_yscale("log")
-        axes.set_ylim(smallest / 5, largest * 5)  # a wide scale, so that rounding noise looks like noise
+        axes.set_ylim(smallest / 5, largest * 5)  # a wide scale: rounding noise then looks like noise
     elif smallest < 0:
         axes.axhline(0, color="#999999", linewidth=0.8)
     else:
@@ -195,7 +194,7 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
 
 
 def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
-    """Stages stacked up to the time of the step. Evaluations are left out: they would dwarf the steps between them."""
+    """Draw the stages stacked up to the time of the step, without evaluations, which take far longer than a step."""
     timed = [row for row in rows if row.get("time/step") is not None]
     keys = {key for row in timed for key in row if key.startswith("time/")} - {"time/step", "time/eval"}
     seconds = {key: np.array([row.get(key) or 0.0 for row in timed]) for key in sorted(keys)}
@@ -212,14 +211,14 @@ def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
         alpha=0.85,
         linewidth=0,
     )
-    # The first steps warm caches up; they may leave the top, so that the usual step can be read.
+    # The first steps warm caches up. They may go off the top, so that a usual step stays readable.
     axes.set_ylim(0, 1.3 * float(np.quantile(whole, 0.98)) or 1.0)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, labelcolor=INK, handlelength=1.0, ncols=3)
 
 
 def running_mean(values: Sequence[float], half: int) -> list[float]:
-    """The mean of up to `half` neighbours on either side, fewer at the ends.
+    """Return for each value the mean of it and up to `half` neighbors on either side, fewer at the ends.
 
     >>> running_mean([0.0, 3.0, 6.0], 1)
     [1.5, 3.0, 4.5]
@@ -256,7 +255,7 @@ summary {{ cursor: pointer; }}
 def render(
     rows: Sequence[Row], *, title: str, png: bytes, config: str | None, samples: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The page as text. Whatever comes from the run goes through `html.escape`."""
+    """Return the page as text. All text from the run goes through `html.escape`."""
     image = base64.b64encode(png).decode("ascii")
     body = [f"<h1>{html.escape(title)}</h1>", "<h2>Result</h2>", _table(("", "start", "end"), headline(rows))]
     body.append(f'<h2>Curves</h2><img alt="curves of the run" src="data:image/png;base64,{image}">')
@@ -275,9 +274,9 @@ def render(
 
 
 def headline(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The figures that one asks for first: (name, at the start, at the end).
+    """Return the main results: (name, value at the start, value at the end).
 
-    Evaluations with their 95 % intervals; training metrics as the mean of the first and of the last tenth of the steps.
+    Evaluations have their 95 % intervals. Training metrics are means over the first and the last tenth of the steps.
     """
     lines: list[tuple[str, ...]] = []
     for name, key in (("Avg@n", "eval/avg_at_n"), ("maj@n", "eval/maj_at_n"), ("pass@n", "eval/pass_at_n")):
@@ -336,7 +335,7 @@ def last_samples(
 
 
 def write_report(run_dir: Path) -> None:
-    """Reads run_dir/metrics.jsonl, config.yaml and eval/, and writes run_dir/report.png and report.html."""
+    """Write run_dir/report.png and report.html from run_dir/metrics.jsonl, config.yaml and eval/."""
     rows = read_metrics(run_dir)
     title = f"Run {run_dir.resolve().name}"
     file = run_dir / "config.yaml"
@@ -355,7 +354,7 @@ def write_report(run_dir: Path) -> None:
 
 
 def print_summary(run_dir: Path) -> None:
-    """The run in a few lines: what changed, and where everything is."""
+    """Print the run in a few lines: metrics at the start and the end, memory, and where its files are."""
     rows = read_metrics(run_dir)
     table = Table(title="SSOPD run", show_header=True, header_style="bold")
     for column in ("", "first", "last"):

@@ -1,4 +1,4 @@
-"""The places that a step's metrics are written to: JSONL, console, TensorBoard, Weights & Biases."""
+"""The sinks of a step's metrics: JSONL, console, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_ssopd.metrics import Metric, merge
 
 
 class Sink(Protocol):
-    """One place that a step's values are written to. A value that is not finite has no number to show there."""
+    """One place that a step's values are written to. A value that is not finite is not shown as a number."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -30,7 +30,7 @@ class Sink(Protocol):
 
 
 class Logger:
-    """Writes each step to every sink. Rank 0 has the sinks; the other ranks may hold a Logger without any.
+    """A logger that writes each step to every sink. Rank 0 has the sinks. Other ranks may hold a Logger without any.
 
     >>> with Logger([JsonlSink(run_dir / "metrics.jsonl"), ConsoleSink(total_steps=100)]) as logger:
     ...     logger.log(0, reduce_across_ranks(metrics, data_parallel_group))
@@ -56,15 +56,15 @@ class Logger:
 
 
 class JsonlSink:
-    """One JSON object per step: {"step": 3, "reward/mean": 0.5, ...}, with null for what is not finite.
+    """A file with one JSON object per step: {"step": 3, "reward/mean": 0.5, ...}, with null for non-finite values.
 
-    `start_step` is the first step that this process will log: lines from there on were written by a run that was cut
-    off, and are dropped first, atomically. So 0 starts an empty file.
+    `start_step` is the first step that this process will log. Lines from that step on, which an interrupted run wrote,
+    are dropped first, atomically. So 0 starts an empty file.
     """
 
     def __init__(self, path: Path, start_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What follows the last newline is a line that the run did not live to finish.
+        # What follows the last newline is an incomplete line of an interrupted run.
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] < start_step]
         temporary = path.with_name(path.name + ".tmp")
@@ -82,7 +82,7 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Event files in `directory`. TensorBoard hides what an earlier, cut-off run logged from `start_step` on."""
+    """Event files in `directory`. TensorBoard hides what an earlier, interrupted run logged from `start_step` on."""
 
     def __init__(self, directory: Path, start_step: int = 0) -> None:
         self._writer = SummaryWriter(str(directory), purge_step=start_step)
@@ -98,13 +98,13 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run, named after its folder; from a `start_step` above 0 the folder's earlier run goes on.
+    """A Weights & Biases run, named after its folder. A `start_step` above 0 continues the folder's earlier run.
 
-    W&B keeps the first values it gets for a step: steps run again after a resume are in metrics.jsonl only.
+    W&B keeps the first values it gets for a step. Values of steps that a resumed run repeats are in metrics.jsonl only.
     """
 
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any], start_step: int = 0) -> None:
-        import wandb  # noqa: PLC0415 -- optional, and slow to import: only for runs that ask
+        import wandb  # noqa: PLC0415 -- optional, and slow to import: only for runs that use it
 
         id_file = run_dir / "wandb_run_id"
         if start_step == 0 or not id_file.exists():
@@ -125,7 +125,7 @@ class WandbSink:
         self._run.finish()
 
 
-# The console's choice of metrics: label, key, format.
+# Metrics that the console shows: label, key, format.
 CONSOLE_FIELDS = (
     ("reward", "reward/mean", "{:.3f}"),
     ("mixed", "group/mixed_fraction", "{:.0%}"),
@@ -143,10 +143,10 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class ConsoleSink:
-    """A live panel on a terminal, one plain line per step anywhere else.
+    """A live panel on a terminal, or one plain line per step elsewhere.
 
-    A logged step counts completed steps: 0 is the evaluation before the first, `total_steps` the last. `start_step`
-    steps were completed before this process started.
+    A logged step is the number of completed steps: 0 is the evaluation before the first step, `total_steps` is the last
+    step. `start_step` steps were completed before this process started.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, console: Console | None = None) -> None:
@@ -219,7 +219,7 @@ def _stage_seconds(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def sparkline(values: Sequence[float], *, width: int) -> str:
-    """The last `width` values as bars, from the smallest to the largest of them.
+    """Return the last `width` values as bars, scaled from the smallest to the largest of them.
 
     >>> sparkline([0.0, 0.5, 1.0], width=60)
     '▁▅█'

@@ -13,11 +13,11 @@ from nemo_ssopd.metrics import Max, Metrics
 
 
 class StageTimer:
-    """Wall-clock seconds and memory of one step and of its stages; a stage entered twice adds up. Make one per step.
+    """A timer of one step and of its stages: wall-clock seconds and memory in GiB. Make one per step.
 
-    Memory: see `memory_gib`. Nothing waits for the GPU: work that a stage leaves queued there is counted in the stage
-    that waits for it. Stages have names in a torch profiler's trace and, on CUDA, in Nsight Systems (NVTX).
-    `on_enter` is told the name of each stage as it begins.
+    The times of a stage that is entered twice add up. For memory see `memory_gib`. The timer does not wait for the GPU:
+    work that a stage leaves queued there counts in the stage that waits for it. Stages have names in a torch profiler's
+    trace and, on CUDA, in Nsight Systems (NVTX). `on_enter` gets the name of each stage as it begins.
 
     >>> timer = StageTimer()
     >>> with timer.stage("rollout"):
@@ -47,7 +47,10 @@ class StageTimer:
                 self._gib[f"{name}_{kind}"] = max(self._gib.get(f"{name}_{kind}", 0.0), gib)
 
     def metrics(self) -> Metrics:
-        """Over ranks the slowest and the largest count, since the others wait for it, and it decides what fits."""
+        """Return time and memory of each stage, and the time of the step. Across ranks, keep the maximum.
+
+        The others wait for the slowest rank, and the rank with the most memory decides what fits.
+        """
         seconds = {**self._seconds, "step": time.perf_counter() - self._start}
         times: Metrics = {f"time/{name}": Max(value) for name, value in seconds.items()}
         return times | {f"memory/{name}": Max(value) for name, value in self._gib.items()}
@@ -55,18 +58,22 @@ class StageTimer:
 
 @contextmanager
 def named_range(name: str) -> Iterator[None]:
-    """Both, since a profiler's range is an NVTX range only where torch marks each of its operators as one too."""
+    """Name the block in a torch profiler's trace and, on CUDA, in NVTX.
+
+    It takes both: a profiler's range is an NVTX range only if torch also marks each of its operators as one.
+    """
     nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()
     with torch.profiler.record_function(name), nvtx:
         yield
 
 
 def memory_gib() -> dict[str, float]:
-    """GiB now, by the end of the metric's name. Without CUDA `gib` is the resident set of this process.
+    """Return the memory in use now, in GiB, by the end of the metric's name.
 
-    On CUDA `gib` is what is in use on the device, by whom ever: torch keeps what it has freed, so that a stage's end
-    shows its peak, but for what was given back to wake the engine. `torch_peak_gib` is the peak of torch's allocations
-    since it was reset, which counts a sleeping engine's as if they were there.
+    Without CUDA, `gib` is the resident set of this process. On CUDA, `gib` is the use of the whole device, by all
+    processes. torch keeps memory that it has freed, so the value at a stage's end shows the stage's peak, except for
+    memory that was given back to wake the engine. `torch_peak_gib` is the peak of torch's allocations since its last
+    reset. It counts a sleeping engine's allocations as if they were still there.
     """
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
