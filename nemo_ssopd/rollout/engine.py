@@ -267,9 +267,9 @@ def _nothing_to_wait_for() -> Iterator[None]:
 
 @contextmanager
 def _llvmlite_out_of_sight() -> Iterator[None]:
-    """Hide llvmlite's library from vLLM, which on CPU takes every attribute of a loaded module for a possible kernel.
+    """Hide llvmlite's library from vLLM, which on CPU looks for kernels in every attribute of every loaded module.
 
-    llvmlite's library has an attribute of any name.
+    llvmlite's library claims to have an attribute of any name.
     """
     hidden = sys.modules.pop("llvmlite.binding.ffi", None)
     try:
