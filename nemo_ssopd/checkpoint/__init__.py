@@ -1,1 +1,1 @@
-"""Checkpoints: written, sealed, checked, read."""
+"""Write, seal, check and read checkpoints."""

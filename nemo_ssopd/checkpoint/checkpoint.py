@@ -2,13 +2,13 @@
 
     state = load_checkpoint(policy, config)        # newest undamaged one of run_dir; LoopState() without any
     with CheckpointSaver(policy, config) as saver:
-        saver.check()                             # at every step: raises what a save in the background failed with
+        saver.check()                             # at every step: raises the error of a failed background save
         saver.save(state, score)                  # run_dir/checkpoints/iter_0000100/
 
 A checkpoint is a folder in Megatron-LM's layout: the tensors in Megatron-Core's distributed format (`torch_dist`),
 `state.json`, the run's `config.yaml`, the base model's config and tokenizer in `hf/`, and `manifest.json` with a
 checksum of every file. LoRA runs save the adapters, and a fingerprint of the base model that they belong to.
-`docs/checkpoints.md` says the rest; `policy.py` reads a checkpoint without its optimizer.
+`docs/checkpoints.md` has the details; `saved_model.py` reads a checkpoint without its optimizer.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ from nemo_ssopd.run.alarms import RECENT_STEPS
 STATE, BEST = "state.json", "best_checkpointed_iteration.txt"
 FORMAT = 1
 
-# Of the formats that Megatron-Core has for the distributed optimizer, the one that loads at every other layout; the
-# moments are gathered in host memory on the first data-parallel rank.
+# The only format that Megatron-Core has for the distributed optimizer that loads at every other layout. The moments are
+# gathered in host memory on the first data-parallel rank.
 CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop stands. Data order and sampling seeds follow from the step, so nothing else needs saving.
+    """The state of the training loop. Data order and sampling seeds follow from the step, so nothing else needs saving.
 
     >>> state = LoopState(step=99, tokens=5000)
     >>> state.after({"progress/tokens": Sum(70), "optim/skipped_steps": Max(0.0), "optim/grad_norm": Max(0.5)})
@@ -80,13 +80,13 @@ class LoopState:
     tokens: int = 0
     """Completion tokens trained on."""
     skipped: int = 0
-    """Steps with an update that was skipped since it was not finite."""
+    """Steps whose update was skipped: loss or gradient not finite, or the gradient norm over its limit."""
     skipped_in_a_row: int = 0
     recent_norms: Sequence[float] = field(default=(), compare=False, repr=False)
     """Gradient norms of the last steps that were not skipped."""
 
     def after(self, metrics: Metrics) -> LoopState:
-        """One step later, by its metrics over all ranks."""
+        """Return the state after one more step, from that step's metrics over all ranks."""
         skipped = metrics["optim/skipped_steps"].value() > 0
         norms = self.recent_norms if skipped else [*self.recent_norms, metrics["optim/grad_norm"].value()]
         return LoopState(
@@ -102,10 +102,11 @@ class LoopState:
 
 
 class CheckpointSaver:
-    """Saves a run's checkpoints; all ranks call every method together.
+    """The writer of a run's checkpoints. All ranks call every method together.
 
     With trainer.async_save, `save` copies the state to host memory and returns; a thread on each rank writes the copy.
-    A checkpoint is in run_dir when it is whole and sealed, never before. Used as a context, it ends with the last save.
+    A checkpoint appears in run_dir only once it is whole and sealed. As a context manager, the saver waits on exit for
+    the last save.
     """
 
     def __init__(self, policy: MegatronPolicy, config: Config) -> None:
@@ -125,14 +126,14 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """A save that has begun is finished, even when the loop ends with an error; its own error then stays unsaid."""
+        """Finish a save that has begun, even when the loop ends with an error; the save's own error is then dropped."""
         if error_type is None:
             self.finish()
         elif self._thread is not None:
             self._thread.shutdown()
 
     def is_best(self, score: float | None) -> bool:
-        """Whether a score is above all that trainer.keep_best has kept so far."""
+        """Tell whether a score is higher than all that trainer.keep_best has kept so far."""
         return score is not None and self._config.trainer.keep_best and (self._best is None or score > self._best)
 
     def save(self, state: LoopState, score: float | None = None) -> None:
@@ -155,7 +156,7 @@ class CheckpointSaver:
             self._writing = self._thread.submit(self._write, snapshot, state, score)
 
     def check(self) -> None:
-        """Raise what the save in the background has failed with, on all ranks at the same step."""
+        """Raise the error of a failed background save, on all ranks at the same step."""
         if self._writing is None:
             return
         ended = torch.tensor(int(self._writing.done()))
@@ -164,7 +165,7 @@ class CheckpointSaver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in the background, and raise what it has failed with."""
+        """Wait for the background save, and raise its error if it failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -186,13 +187,13 @@ class CheckpointSaver:
 
 
 def save_checkpoint(policy: MegatronPolicy, config: Config, state: LoopState, score: float | None = None) -> None:
-    """One checkpoint, written when this returns."""
+    """Write one checkpoint; it is complete on return."""
     with CheckpointSaver(policy, config) as saver:
         saver.save(state, score)
 
 
 def write_texts(folder: Path, config: Config, state: LoopState, score: float | None) -> None:
-    """What is no tensor: state, config, and what Hugging Face's files say beside the weights."""
+    """Write what is not a tensor: state, config, and the files of the Hugging Face directory other than weights."""
     about = {"format": FORMAT, "loop": asdict(state), "avg_at_n": score, "base": _base(config)}
     (folder / STATE).write_text(json.dumps(about, indent=2) + "\n")
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
@@ -210,7 +211,7 @@ def _base(config: Config) -> dict[str, str] | None:
 
 
 def _remove_older(final: Path, config: Config) -> None:
-    """Keep the newest trainer.keep_checkpoints and, with trainer.keep_best, the one of the best score."""
+    """Keep the newest trainer.keep_checkpoints and, with trainer.keep_best, the one with the best score."""
     kept = set()
     if config.trainer.keep_best and (best := _best(final.parent)):
         write_tracker(final.parent / BEST, best)
@@ -223,19 +224,19 @@ def _remove_older(final: Path, config: Config) -> None:
 
 
 def best_score(parent: Path) -> float | None:
-    """The highest score that a checkpoint in run_dir/checkpoints was saved with."""
+    """Return the highest score that a checkpoint in run_dir/checkpoints was saved with; None without any."""
     best = _best(parent)
     return _score(best) if best else None
 
 
 def _best(parent: Path) -> Path | None:
-    """The checkpoint of the highest score; of equal ones, the first."""
+    """Return the checkpoint with the highest score; of equal ones, the first."""
     scored = [(score, folder) for folder in reversed(checkpoints(parent)) if (score := _score(folder)) is not None]
     return max(scored, key=lambda each: each[0])[1] if scored else None
 
 
 def _score(folder: Path) -> float | None:
-    """None also where state.json is damaged: such a checkpoint is no one's best."""
+    """Return a checkpoint's score; None also when state.json is damaged: such a checkpoint is never the best."""
     try:
         score = json.loads((folder / STATE).read_text())["avg_at_n"]
         return float(score) if score is not None else None
@@ -249,7 +250,7 @@ def _score(folder: Path) -> float | None:
 def load_checkpoint(policy: MegatronPolicy, config: Config) -> LoopState:
     """Restore weights, moments and schedule from the newest undamaged checkpoint of run_dir. All ranks call it.
 
-    The optimizer's hyper-parameters are those of `config`, so that a run can go on with another learning rate.
+    The optimizer's hyper-parameters are those of `config`, so that a run can resume with another learning rate.
     """
     runtime = policy.runtime
     folder = _newest_undamaged(Path(config.run_dir) / "checkpoints", runtime)
@@ -268,14 +269,14 @@ def load_checkpoint(policy: MegatronPolicy, config: Config) -> LoopState:
 
 
 def saved_config(checkpoint: Path) -> Config:
-    """The config of the run that wrote a checkpoint."""
+    """Read the config of the run that wrote a checkpoint."""
     values = read_old_sections(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml"))))
     sections = get_type_hints(Config)
     return Config(**{name: sections[name](**v) if isinstance(v, dict) else v for name, v in values.items()})
 
 
 def saved_step(checkpoint: Path) -> int:
-    """Completed steps; 0 where nothing was trained, or not by us."""
+    """Return the completed steps of a checkpoint; 0 when nothing was trained, or not by this program."""
     state = checkpoint / STATE
     return int(json.loads(state.read_text())["loop"]["step"]) if state.is_file() else 0
 
@@ -298,7 +299,7 @@ def _newest_undamaged(parent: Path, runtime: Runtime) -> Path | None:
 
 
 def read_about(folder: Path, base: str | Path, runtime: Runtime) -> dict[str, Any]:
-    """state.json, after making sure that `base` is the model that the adapters were trained on."""
+    """Read state.json; ValueError unless its format is ours and `base` is the model the adapters were trained on."""
     about = cast(dict[str, Any], json.loads((folder / STATE).read_text()))
     if about["format"] != FORMAT:
         raise ValueError(
@@ -316,7 +317,7 @@ def read_about(folder: Path, base: str | Path, runtime: Runtime) -> dict[str, An
 
 
 def _check_same_kind(folder: Path, saved: Config, config: Config) -> None:
-    """What decides which tensors a checkpoint has, and must be as it was."""
+    """Raise ValueError when an option that decides which tensors a checkpoint has is not as it was."""
     fields = {
         "lora.enabled": (saved.lora.enabled, config.lora.enabled),
         "lora.rank": (saved.lora.rank, config.lora.rank),
@@ -336,7 +337,7 @@ def _check_same_kind(folder: Path, saved: Config, config: Config) -> None:
 
 
 def _state_dict(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
-    """The trained weights and the optimizer's state, by reference, with their places in the whole."""
+    """Return trained weights and optimizer state, by reference, with the place of each shard in its whole tensor."""
     _complete_moments(policy.optimizer)
     weights = trained_weights(policy.model)
     optimizer = policy.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(CONTENT))
@@ -347,20 +348,23 @@ def _state_dict(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
 
 
 def _with_data(weight: Any, average: torch.Tensor) -> Any:
-    """The place of a weight, or the factory of a fused projection's places, for the teacher's average of it."""
+    """Return a weight's place, or the factory of a fused projection's places, with the teacher's average as data."""
     dtype = {"dtype": average.dtype} if isinstance(weight, ShardedTensor) else {}
     return replace(weight, key=f"teacher_average.{weight.key}", data=average, **dtype)
 
 
 def trained_weights(model: GPTModel, *, sharding: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Adapters in a LoRA run, otherwise all. Modules would also save FP8 scales, as pickles; there are none."""
+    """Return the sharded adapters of a LoRA run, otherwise all sharded weights.
+
+    FP8 scales, which modules would also save, as pickles, are left out: no run has any.
+    """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sharded = model.sharded_state_dict(metadata=sharding)
     return {name: tensor for name, tensor in sharded.items() if name in trained}
 
 
 def _complete_moments(optimizer: ChainedOptimizer) -> None:
-    """Adam allocates its moments at its first step; give it zeros now, which is what they then are."""
+    """Give Adam its moments now, as zeros; by itself, it would allocate the same zeros at its first step."""
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam):
@@ -369,16 +373,16 @@ def _complete_moments(optimizer: ChainedOptimizer) -> None:
 
 
 def _inner(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Torch's part of an optimizer's state: with bf16 weights, it is one level down."""
+    """Return torch's part of an optimizer's state: with bf16 weights, it is one level down."""
     return cast(dict[str, Any], state_dict.get("optimizer", state_dict))
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None:
-    """Moments, step counts and float32 weights; hyper-parameters stay as they are.
+    """Load moments, step counts and float32 weights; hyper-parameters stay as they are.
 
-    With torch's Adam, that is on CPU, Megatron-Core leaves the step counts to us. Its distributed optimizer looks for
-    one in the saved state of each parameter, where none is, and then lets all parameters share one, which each would
-    increment. Its other optimizers do not save a count of 0.
+    With torch's Adam, which is used on CPU, Megatron-Core leaves the step counts to us. Its distributed optimizer looks
+    for a count in the saved state of each parameter and finds none. It then lets all parameters share one count, which
+    each would increment. Its other optimizers do not save a count of 0.
     """
     (part,) = optimizer.chained_optimizers
     hyper_parameters = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in part.param_groups]

@@ -1,4 +1,4 @@
-"""What tells one base model from another: a hash of its weights, read without torch or Megatron."""
+"""The fingerprint of a base model: a hash of its weights, read without torch or Megatron."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 @cache
 def base_fingerprint(path: str) -> str:
-    """SHA-256 over names, types, shapes and values of all tensors in a Hugging Face directory, however cut into files.
+    """Return the SHA-256 over names, types, shapes and values of all tensors in a Hugging Face directory.
 
-    Tensors of up to 1 MiB count whole, larger ones by 16 spread blocks of 64 KiB: any training run changes those.
+    The split into files does not matter. Tensors of up to 1 MiB count whole, larger ones by 16 spread blocks of 64 KiB:
+    any training run changes those.
     """
     digest = hashlib.sha256()
     for name, description, blocks in sorted(_tensor_samples(Path(path)), key=lambda sample: sample[0]):

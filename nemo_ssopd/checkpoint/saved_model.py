@@ -1,8 +1,8 @@
-"""The model of a checkpoint without its optimizer, at any parallel layout: whole, or a part at a time.
+"""Read the model of a checkpoint, without its optimizer, at any parallel layout: whole or one part at a time.
 
     saved = open_checkpoint(Path("runs/x/checkpoints/iter_0000100"), runtime)
-    model = load_policy(saved, parallel, runtime)                       # for whoever computes with it
-    for name, tensor in stream_policy(saved, parallel, runtime): ...    # for export: a layer in memory, not the model
+    model = load_policy(saved, parallel, runtime)                       # to compute with
+    for name, tensor in stream_policy(saved, parallel, runtime): ...    # to export: one layer in memory at a time
 
 A checkpoint may be ours, or one of Megatron-Bridge or Megatron-LM that holds all weights of a model.
 """
@@ -33,7 +33,7 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """A checkpoint that was looked at, and is undamaged.
+    """A checkpoint that was opened and found undamaged.
 
     >>> open_checkpoint(Path("runs/tiny_cpu/checkpoints/iter_0000040"), runtime)
     SavedPolicy(folder=..., hf_folder=..., dtype="float32", lora=LoraConfig(rank=16, ...), base="assets/demo_model")
@@ -41,14 +41,14 @@ class SavedPolicy:
 
     folder: Path
     hf_folder: Path
-    """config.json, tokenizer, chat template."""
+    """Folder of config.json, tokenizer and chat template."""
     dtype: str
     lora: LoraConfig | None
-    """None where the checkpoint holds every weight."""
+    """None when the checkpoint holds every weight."""
     base: str | None
-    """The Hugging Face directory that training started from. May be None where all weights were trained."""
+    """Hugging Face directory that training started from. May be None when all weights were trained."""
     sharding: dict[str, object] | None
-    """How Megatron-Core was told to name and cut the tensors."""
+    """Metadata from which Megatron-Core derives the names and the split of the tensors."""
 
     @property
     def hf(self) -> HFModelConfig:
@@ -56,9 +56,10 @@ class SavedPolicy:
 
 
 def open_checkpoint(folder: Path, runtime: Runtime, *, base: str | Path | None = None) -> SavedPolicy:
-    """Check the files of a checkpoint, and that `base` is the model that its adapters were trained on.
+    """Open a checkpoint: check its files, and that `base` is the model that its adapters were trained on.
 
-    `base` is for a base model that has moved; for a checkpoint that is not ours, it says what the model is.
+    Pass `base` when the base model has moved. For a checkpoint that is not ours, it is required and says what the model
+    is. CheckpointError when the files are damaged.
     """
     if not (folder / STATE).is_file():
         return _open_foreign(folder, base)
@@ -79,7 +80,7 @@ def open_checkpoint(folder: Path, runtime: Runtime, *, base: str | Path | None =
 
 
 def _open_foreign(folder: Path, base: str | Path | None) -> SavedPolicy:
-    """Of Megatron-Bridge or Megatron-LM: no checksums, and `base` for what only Hugging Face's files say."""
+    """Open a checkpoint of Megatron-Bridge or Megatron-LM. It has no checksums; `base` gives config and tokenizer."""
     if base is None:
         raise ValueError(
             f"{folder} is no checkpoint of ours (it has no {STATE}): give the Hugging Face directory of the model, for "
@@ -97,7 +98,7 @@ def _open_foreign(folder: Path, base: str | Path | None) -> SavedPolicy:
 def load_policy(
     saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime, *, dtype: str | None = None
 ) -> GPTModel:
-    """The model, whole; in the type that it was trained in, or with the same values in a wider `dtype`."""
+    """Load the whole model, in the type that it was trained in or with the same values in a wider `dtype`."""
     model = _build(saved, parallel, runtime, dtype or saved.dtype)
     _fill(model, saved, runtime)
     round_weights(model, DTYPES[saved.dtype])
@@ -105,7 +106,7 @@ def load_policy(
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter, in place, the value that it has in `dtype`."""
+    """Round every parameter to its value in `dtype`, in place; the parameter keeps its own type."""
     for parameter in model.parameters():
         if parameter.dtype is not dtype:
             parameter.data.copy_(parameter.to(dtype))
@@ -119,7 +120,10 @@ def stream_policy(
     dtype: torch.dtype | None = None,
     rounding: Rounding | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `hf_weights` of the whole model. Host memory holds one layer, or the embedding, beside what is yielded."""
+    """Yield every tensor of the model as `hf_weights` does.
+
+    In addition to the yielded tensor, host memory holds one layer or the embedding.
+    """
     model, in_memory = _on_disk(saved, parallel, runtime)
     yield from hf_weights(model, saved.hf, runtime, dtype=dtype, rounding=rounding, in_memory=in_memory)
 
@@ -127,7 +131,7 @@ def stream_policy(
 def stream_adapters(
     saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `peft_weights` of the whole model."""
+    """Yield every adapter matrix of the model as `peft_weights` does."""
     assert saved.lora is not None
     model, in_memory = _on_disk(saved, parallel, runtime)
     for layer in model.decoder.layers:
@@ -136,7 +140,7 @@ def stream_adapters(
 
 
 def _on_disk(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime) -> tuple[GPTModel, InMemory]:
-    """The model without memory, and what gives memory and values to a part of it for a while."""
+    """Build the model on the meta device; the context manager materializes one part from the checkpoint."""
     with torch.device("meta"):
         model = _build(saved, parallel, replace(runtime, device=torch.device("meta")), saved.dtype)
 
@@ -153,12 +157,12 @@ def _on_disk(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime) -> 
 def _build(saved: SavedPolicy, parallel: ParallelConfig, runtime: Runtime, dtype: str) -> GPTModel:
     model = build_model(saved.hf, ModelConfig(path=str(saved.hf_folder), dtype=Dtype(dtype)), parallel, runtime)
     if saved.lora is not None:
-        add_lora(model, saved.hf, saved.lora, seed=0, runtime=runtime)  # what they are drawn as is overwritten
+        add_lora(model, saved.hf, saved.lora, seed=0, runtime=runtime)  # initial values are overwritten
     return model
 
 
 def _fill(model: GPTModel, saved: SavedPolicy, runtime: Runtime) -> None:
-    """From the checkpoint, and from the base model what it does not hold. What is on the meta device is left there."""
+    """Fill `model` from the checkpoint, and the rest from the base model. Tensors on the meta device stay there."""
     if saved.lora is not None:
         assert saved.base is not None
         load_hf_weights(model, saved.hf, saved.base, runtime)

@@ -1,7 +1,7 @@
-"""Checkpoint folders on disk: sealed by checksums, seen when whole, read without running what is in them.
+"""Checkpoint folders on disk: sealed by checksums, visible only once whole, read without running code in them.
 
-Tensors are in Megatron-Core's distributed format (`torch_dist`). Functions that take a `runtime` are called by all its
-ranks together; what fails on one fails on all, with a `CheckpointError`.
+Tensors are in Megatron-Core's distributed format (`torch_dist`). All ranks call the functions that take a `runtime`
+together. An error on one rank is a `CheckpointError` on all.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none can be read. Raised on all ranks alike."""
+    """A checkpoint could not be written, or none can be read. Raised on all ranks."""
 
 
 # ---- Folders ---------------------------------------------------------------------------------------------------------
 
 
 def checkpoints(parent: Path) -> list[Path]:
-    """The checkpoints in run_dir/checkpoints, newest first, damaged ones included."""
+    """Return the checkpoints in run_dir/checkpoints, newest first, including damaged ones."""
     return sorted((folder for folder in parent.glob("iter_*") if folder.is_dir()), reverse=True)
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run, unverified."""
+    """Return the newest checkpoint of a run, unverified; None without any."""
     return next(iter(checkpoints(Path(run_dir) / "checkpoints")), None)
 
 
 def write_checkpoint(final: Path, snapshot: Snapshot, write_texts: Callable[[Path], None], runtime: Runtime) -> None:
-    """Make the folder `final`, whole or not at all; `write_texts` adds, on rank 0, what is no tensor."""
+    """Write the folder `final`, whole or not at all; on rank 0, `write_texts` adds what is not a tensor."""
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         on_main(runtime, lambda: _start(temporary))
@@ -78,13 +78,13 @@ def write_checkpoint(final: Path, snapshot: Snapshot, write_texts: Callable[[Pat
         _seal(temporary, runtime)
         on_main(runtime, lambda: _publish(temporary, final))
     except CheckpointError:
-        # Together: a rank that ends first would have the launcher end rank 0 before it is done.
+        # All ranks wait here: if one exited first, the launcher would kill rank 0 before it is done.
         on_main(runtime, lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
 
 
 def _start(temporary: Path) -> None:
-    """An empty folder to write into, without what killed runs left behind."""
+    """Make an empty folder to write into, and remove what killed runs left behind."""
     parent = temporary.parent
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in (*parent.glob(".iter_*.tmp"), *parent.glob(".iter_*.old")):
@@ -93,7 +93,7 @@ def _start(temporary: Path) -> None:
 
 
 def _seal(folder: Path, runtime: Runtime) -> None:
-    """Every file to the disk, then the manifest of their checksums; the ranks share the work."""
+    """Flush every file to disk, then write the manifest of their checksums; the ranks share the work."""
     names = on_main(runtime, lambda: sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()))
 
     def flush_and_hash() -> dict[str, dict[str, Any]]:
@@ -105,7 +105,7 @@ def _seal(folder: Path, runtime: Runtime) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """From here on, the checkpoint exists. A damaged one of the same step makes way."""
+    """Make the checkpoint visible under its final name, in place of a damaged one of the same step."""
     for folder in (*(f for f in temporary.iterdir() if f.is_dir()), temporary):
         _flush(folder)
     if final.exists():
@@ -117,14 +117,14 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def write_tracker(tracker: Path, checkpoint: Path) -> None:
-    """A file that names a checkpoint by its step."""
+    """Write a file that names a checkpoint by its step."""
     temporary = tracker.with_suffix(".tmp")
     _write_durably(temporary, str(int(checkpoint.name.removeprefix("iter_"))))
     temporary.rename(tracker)
 
 
 def damage(folder: Path, runtime: Runtime) -> str | None:
-    """What is wrong with the files of a checkpoint by its manifest, on all ranks; None when nothing is."""
+    """Return how the files of a checkpoint differ from its manifest, on all ranks; None when they do not."""
 
     def check() -> str | None:
         try:
@@ -150,16 +150,16 @@ def damage(folder: Path, runtime: Runtime) -> str | None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold beside texts: tensors by key, and the rest."""
+    """The contents of a checkpoint except its text files: tensors by key, and other data."""
 
     tensors: dict[str, Any]
     common: dict[str, Any]
     value_of: Callable[[MetadataIndex], torch.Tensor] | None = None
-    """Where the tensors have no values yet: gives them, for one shard at a time."""
+    """Function that returns the values of one shard, when the tensors have none yet."""
 
 
 def take_snapshot(sharded: dict[str, Any], *, copy: bool) -> Snapshot:
-    """Of a sharded state dict; a copy in host memory stays as it is when training goes on."""
+    """Take a snapshot of a sharded state dict. A copy, in host memory, stays unchanged while training continues."""
     tensors, common = save_preprocess(sharded)
     if copy:
         common = deepcopy(common)
@@ -171,7 +171,7 @@ def take_snapshot(sharded: dict[str, Any], *, copy: bool) -> Snapshot:
 
 
 class _SavePlanner(MCoreSavePlanner):
-    """Megatron's, for values that come late."""
+    """Megatron's planner, except that `Snapshot.value_of` may supply a value when it is written."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         super().__init__(flatten_state_dict=False)
@@ -183,12 +183,12 @@ class _SavePlanner(MCoreSavePlanner):
 
 
 def _write_tensors(snapshot: Snapshot, folder: Path, runtime: Runtime) -> None:
-    """What `dist_checkpointing.save` does, in the same format, with two differences.
+    """Write tensors as `dist_checkpointing.save` does, in the same format, with two differences.
 
-    The tensors are written by this process: Megatron's writer starts others, which import the main script again. And a
-    full disk on one rank is an error on all: there, the others would wait in a barrier.
+    This process writes the tensors: Megatron's writer starts others, which import the main script again. A full disk on
+    one rank is an error on all: with Megatron's writer, the others would wait in a barrier.
     """
-    # With several threads, an error in any but the first would be lost.
+    # With several threads, an error in any except the first would be lost.
     writer = dcp.FileSystemWriter(folder, sync_files=True, thread_count=1)
     planner = _SavePlanner(snapshot)
     everywhere(
@@ -206,8 +206,8 @@ def _write_tensors(snapshot: Snapshot, folder: Path, runtime: Runtime) -> None:
 
 # ---- Reading tensors without running what is in the file -------------------------------------------------------------
 
-# Two files of Megatron-Core's format are pickles. Each is first read by an unpickler that knows the names below only,
-# or by torch's own for weights; only then does Megatron get to read it.
+# Two files of Megatron-Core's format are pickles. Each is first read by an unpickler that knows only the names below,
+# or by torch's own for weights. Only then does Megatron read it.
 ALLOWED_IN_INDEX = {
     ("torch", "Size"),
     ("torch", "float32"),
@@ -245,10 +245,10 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _CheckedLoad(TorchDistLoadShardedStrategy):
-    """Megatron's loader, after a look at the files."""
+    """Megatron's loader, with a check of the tensors' index first."""
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str, *strategy: str) -> dict[str, Any]:
-        """Fill `sharded_state_dict`. From 0.17 on, megatron-core adds the name of a strategy of asynchronous saving."""
+        """Fill `sharded_state_dict`. Since 0.17, megatron-core also passes the name of an async save strategy."""
         index = read_index(Path(checkpoint_dir))
         for tensor in nested_values(sharded_state_dict):
             assert isinstance(tensor, ShardedTensor)
@@ -258,15 +258,15 @@ class _CheckedLoad(TorchDistLoadShardedStrategy):
 
 
 def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`sharded`, filled; what the checkpoint holds beside tensors is added to it."""
+    """Fill `sharded` and return it, with the checkpoint's data other than tensors added."""
     read_common(folder)
     return cast(dict[str, Any], dist_checkpointing.load(sharded, str(folder), sharded_strategy=_CheckedLoad()))
 
 
 def fill_tensors(sharded: dict[str, Any], folder: Path) -> None:
-    """Copy into the tensors of `sharded`, in place, what the checkpoint holds of them; other parts are not read.
+    """Fill the tensors of `sharded` in place from the checkpoint; read only the parts that they need.
 
-    Megatron's own loader takes all layers of a stack or none. What a padded vocabulary adds becomes zero.
+    Megatron's own loader reads all layers of a stack or none. The padding of a vocabulary becomes zero.
     """
     apply_factories(sharded)
     index, targets, items = read_index(folder), {}, []
@@ -290,7 +290,7 @@ def fill_tensors(sharded: dict[str, Any], folder: Path) -> None:
 
 
 class _Into(DefaultLoadPlanner):
-    """Has torch's reader copy into the given tensors, by name and place."""
+    """A planner that makes torch's reader copy into the given tensors, by name and place."""
 
     def __init__(self, targets: dict[MetadataIndex, torch.Tensor]) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class _Into(DefaultLoadPlanner):
 
 
 def _saved_tensor(index: Metadata, key: str, folder: str | Path) -> TensorStorageMetadata:
-    """Its entry in the index. An entry of another kind would be unpickled."""
+    """Return a tensor's entry in the index; ValueError for an entry of another kind, which would be unpickled."""
     saved = index.state_dict_metadata.get(key)
     if type(saved) is not TensorStorageMetadata:
         raise ValueError(f"{folder} has no tensor {key}: it was written for another model")
@@ -313,7 +313,7 @@ def _saved_tensor(index: Metadata, key: str, folder: str | Path) -> TensorStorag
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """What common.pt holds; Megatron-Core 0.19 writes none. ValueError when it is more than data."""
+    """Read common.pt, which Megatron-Core 0.19 does not write. ValueError when it is more than data."""
     if not (folder / COMMON).is_file():
         return {}
     try:
@@ -323,6 +323,7 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> Metadata:
+    """Read the index of tensors; ValueError when it is more than data, or names files outside its folder."""
     try:
         with open(folder / TENSOR_INDEX, "rb") as file:
             index = cast(Metadata, _IndexUnpickler(file).load())
@@ -338,7 +339,7 @@ def read_index(folder: Path) -> Metadata:
 
 
 def everywhere(runtime: Runtime, action: Callable[[], T]) -> list[T]:
-    """`action` on every rank, and what each gave. Whatever fails on one fails on all, or the others would wait."""
+    """Run `action` on every rank, and return all results. An error on one is raised on all, so that none waits."""
     result: T | None = None
     failure: str | None = None
     cause: BaseException | None = None
@@ -348,7 +349,7 @@ def everywhere(runtime: Runtime, action: Callable[[], T]) -> list[T]:
         failure = "; ".join(f"rank {rank}: {what!r}" for rank, (what, _) in sorted(error.failures.items()))
         cause = error
     except Exception as error:
-        # torch's writer hides that a disk is full behind an error of its own.
+        # torch's writer hides a full disk behind an error of its own.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         failure = f"rank {runtime.rank}: {cause!r}"
     gathered: list[Any] = [None] * runtime.world_size
@@ -359,7 +360,7 @@ def everywhere(runtime: Runtime, action: Callable[[], T]) -> list[T]:
 
 
 def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
-    """`action` on rank 0, and what it gave on every rank."""
+    """Run `action` on rank 0, and return its result on every rank."""
     return cast(T, everywhere(runtime, lambda: action() if runtime.is_main else None)[0])
 
 
@@ -378,7 +379,7 @@ def _write_durably(file: Path, text: str) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Its list of names, to the disk."""
+    """Flush a folder's list of names to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
