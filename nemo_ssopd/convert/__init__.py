@@ -1,1 +1,1 @@
-"""Between checkpoints and Hugging Face, PEFT and Megatron-Bridge."""
+"""Convert between checkpoints and the formats of Hugging Face, PEFT and Megatron-Bridge."""

@@ -1,4 +1,4 @@
-"""What Megatron-Bridge 0.5 and 0.6 want of a checkpoint of all weights, beside the weights."""
+"""The parts of a checkpoint of all weights, in addition to the weights, that Megatron-Bridge 0.5 and 0.6 need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENIZER = "megatron.bridge.training.tokenizers.config.TokenizerConfig"
 
 
 def extra_states(hf: HFModelConfig) -> dict[str, ShardedObject]:
-    """An empty FP8 state for every module that asks for one when Bridge loads; ours have none, and never read one."""
+    """Return an empty FP8 state for every module that Bridge loads one for; our modules have none, and read none."""
 
     def empty(name: str, count: int, place: int) -> ShardedObject:
         return ShardedObject(f"{name}._extra_state", torch.empty(0, dtype=torch.uint8), (count,), (place,))
@@ -29,8 +29,10 @@ def extra_states(hf: HFModelConfig) -> dict[str, ShardedObject]:
 
 
 def run_config(hf: HFModelConfig, model: ModelConfig) -> dict[str, Any]:
-    """run_config.yaml, by which Bridge learns what the model is: the two sections that its `load_megatron_model` and
-    `load_tokenizer` read. What is left out is the provider's default: layers of Transformer Engine, one process.
+    """Return the contents of run_config.yaml, from which Bridge learns what the model is.
+
+    They are the two sections that its `load_megatron_model` and `load_tokenizer` read. Options left out keep the
+    provider's defaults: layers of Transformer Engine, one process.
     """
     fields = hf.family.megatron(hf)
     scaling = {"rope_scaling": True, "rope_scaling_factor": hf.rope_scaling} if hf.rope_scaling else {}
@@ -58,5 +60,5 @@ def run_config(hf: HFModelConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def _named(target: str) -> dict[str, Any]:
-    """An object that is not called."""
+    """Return the entry of an object that Bridge looks up and does not call."""
     return {"_call_": False, "_target_": target}

@@ -1,4 +1,4 @@
-"""What scripts/export_hf.py and scripts/import_hf.py do, on each of their processes."""
+"""The work of scripts/export_hf.py and scripts/import_hf.py in each of their processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ __all__ = ["CheckpointError", "export_checkpoint", "find_checkpoint", "import_mo
 
 
 def export_checkpoint(arguments: argparse.Namespace) -> None:
-    """ValueError for what cannot be exported, and with --verify for an export that is not the trained model."""
+    """Write a checkpoint as a Hugging Face or PEFT directory.
+
+    ValueError for what cannot be exported and, with --verify, for an export that is not the trained model.
+    """
     output: Path = arguments.output
     _check_is_new(output)
     if arguments.verify and arguments.adapter_only and find_spec("peft") is None:
@@ -53,7 +56,7 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
 
 
 def import_model(arguments: argparse.Namespace) -> None:
-    """ValueError for a model that cannot be built."""
+    """Write a Hugging Face model as a checkpoint; ValueError for a model that cannot be built."""
     _check_is_new(arguments.output)
     parallel, runtime = _start()
     folder = import_hf(arguments.model, arguments.output, parallel, runtime, dtype=arguments.dtype)
@@ -62,7 +65,7 @@ def import_model(arguments: argparse.Namespace) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder itself, or the newest iter_* in it or in its checkpoints/; ValueError where there is none."""
+    """Return the folder itself, or the newest iter_* in it or in its checkpoints/; ValueError when there is none."""
     for folder in (path, path / "checkpoints"):
         if (folder / ".metadata").is_file():
             return folder
@@ -95,7 +98,7 @@ def _check_is_new(output: Path) -> None:
 
 
 def _card(saved: SavedPolicy, dtype: str, rounding: Rounding | None) -> Callable[[], str] | None:
-    """Of a model that was trained here; an imported one has a card of its own."""
+    """Return a function that makes the model card; None for an imported model, which has a card of its own."""
     step, run_dir = saved_step(saved.folder), saved.folder.parents[1]
     if not step:
         return None

@@ -1,9 +1,9 @@
-"""Hugging Face and PEFT directories from the policy: weights or adapters, config, tokenizer, chat template, model card.
+"""Write Hugging Face and PEFT directories: weights or adapters, config, tokenizer, chat template, model card.
 
     export_hf(policy.weights(), "models/Qwen3-8B", Path("out"), runtime, dtype=torch.bfloat16, card=make_card)
     export_adapter(peft_weights(policy.model, runtime), config.lora, "models/Qwen3-8B", Path("out"), runtime)
 
-Tensors go to the disk one at a time: host memory holds one of them, and nothing of a shard.
+Tensors go to disk one at a time: host memory holds one of them, and no other part of a shard.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def export_hf(
     """Write a directory that transformers and vLLM load, whole or not at all. All ranks call it; rank 0 writes.
 
     Everything that is not a weight is copied from `base`, the directory that training started from; config.json then
-    names `dtype`, which is that of `weights`. What `card` returns once the weights are written becomes its README.md.
-    OSError, with what to do, where the disk is full.
+    names `dtype`, the type of `weights`. `card` is called once the weights are written; its text becomes README.md.
+    OSError, with what to do, when the disk is full.
     """
     if not runtime.is_main:
         _only_take_part(weights)
@@ -90,13 +90,13 @@ def write_adapter(weights: Weights, lora: LoraConfig, base: str, folder: Path) -
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """What a Hugging Face directory holds beside weights: configs, tokenizer, chat template, licence."""
+    """Copy the files of a Hugging Face directory other than weights: configs, tokenizer, chat template, license."""
     for file in _companions(source):
         shutil.copyfile(file, target / file.name)
 
 
 def _name_dtype(file: Path, dtype: str) -> None:
-    """In config.json, the type that transformers and vLLM load the weights in. transformers 4 wrote `torch_dtype`."""
+    """Set, in config.json, the type that transformers and vLLM load weights in. transformers 4 wrote `torch_dtype`."""
     config = json.loads(file.read_text())
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     if any(config.get(key) != dtype for key in keys):
@@ -109,7 +109,7 @@ def _companions(source: Path) -> list[Path]:
 
 
 def write_safetensors(weights: Weights, folder: Path, stem: str, *, shard_bytes: int | None = SHARD_BYTES) -> None:
-    """STEM.safetensors, or with more than `shard_bytes` the numbered shards and their index."""
+    """Write STEM.safetensors or, with more than `shard_bytes`, numbered shards and their index."""
     shards: list[_Shard] = []
     for name, tensor in weights:
         if not shards or not shards[-1].has_room(name, tensor, shard_bytes):
@@ -133,7 +133,7 @@ def write_safetensors(weights: Weights, folder: Path, stem: str, *, shard_bytes:
 class _Shard:
     """A safetensors file that grows by one tensor at a time.
 
-    The format wants the header first, which is known last: room for it is left, and filled up with spaces.
+    The format puts the header first, but it is known last. Room for it is left, and filled up with spaces.
     """
 
     def __init__(self, path: Path) -> None:
@@ -172,7 +172,7 @@ class _Shard:
 
 @contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end; after an error, none."""
+    """Yield a folder next to `output` that replaces it at the end; after an error, remove it."""
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -189,7 +189,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 
 def _only_take_part(weights: Weights) -> None:
-    """The ranks iterate in step, since they gather each tensor together."""
+    """Iterate without using the tensors: the ranks gather each one together."""
     for _ in weights:
         pass
 

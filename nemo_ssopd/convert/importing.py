@@ -1,8 +1,8 @@
-"""A Hugging Face directory as a distributed checkpoint of all weights: what Megatron-LM and Megatron-Bridge read.
+"""Write a Hugging Face directory as a distributed checkpoint of all weights, for Megatron-LM and Megatron-Bridge.
 
     import_hf("models/Qwen3-8B", Path("out"), parallel, runtime)     # out/iter_0000000/
 
-The model is never in memory: each rank reads, and writes, one layer's matrix after the other.
+The whole model is never in memory: each rank reads and writes one matrix of one layer after another.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 
 
 def import_hf(path: str, output: Path, parallel: ParallelConfig, runtime: Runtime, *, dtype: str | None = None) -> Path:
-    """Write `output`/iter_0000000 and its tracker; returns that folder. All ranks call it.
+    """Write `output`/iter_0000000 and its tracker; return that folder. All ranks call it.
 
-    ValueError where `path` is no model that can be built; CheckpointError where the disk is full.
+    ValueError when `path` is not a model that can be built; CheckpointError when the disk is full.
     """
     hf = read_hf_config(path)
     check_tensor(parallel, hf, path)
@@ -67,7 +67,7 @@ def import_hf(path: str, output: Path, parallel: ParallelConfig, runtime: Runtim
 
 
 def stored_dtype(path: str) -> str:
-    """The type of the weights in a Hugging Face directory; ValueError for one that no model here has."""
+    """Return the type of the weights in a Hugging Face directory; ValueError for a type that no model here has."""
     name, file = next(iter(tensor_files(Path(path)).items()))
     with safe_open(file, framework="pt", device="cpu") as tensors:
         dtype = tensors.get_slice(name).get_dtype()
@@ -78,7 +78,7 @@ def stored_dtype(path: str) -> str:
 
 
 class _FromHuggingFace:
-    """The values of a shard on the meta device: read when it is written, and dropped then."""
+    """The values of shards on the meta device: each is read when it is written, and then dropped."""
 
     def __init__(self, model: GPTModel, hf: HFModelConfig, path: str, runtime: Runtime) -> None:
         self._model, self._hf, self._path, self._runtime = model, hf, path, runtime
@@ -98,7 +98,7 @@ class _FromHuggingFace:
         return value
 
     def _shards(self, owners: set[str], weights: dict[str, Any]) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
-        """The shards of some modules' own parameters, by key and place in the whole, as they are stored."""
+        """Return the shards of some modules' own parameters, as they are stored, by key and place in the whole."""
         chosen = {name: tensor for name, tensor in weights.items() if name.rpartition(".")[0] in owners}
         apply_factories(chosen)
         shards = {}

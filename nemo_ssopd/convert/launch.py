@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def export_main() -> None:
-    """Console entry `nemo-ssopd-export`."""
+    """Run the console command `nemo-ssopd-export`."""
     parser = argparse.ArgumentParser(description="Write a checkpoint as a Hugging Face model or a PEFT adapter.")
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run_dir, or its checkpoints/iter_0000100")
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
@@ -33,7 +33,7 @@ def export_main() -> None:
 
 
 def import_main() -> None:
-    """Console entry `nemo-ssopd-import`."""
+    """Run the console command `nemo-ssopd-import`."""
     parser = argparse.ArgumentParser(description="Write a Hugging Face model as a distributed checkpoint.")
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--output", required=True, type=Path, help="folder for iter_0000000 and its tracker")

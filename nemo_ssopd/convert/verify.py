@@ -1,7 +1,7 @@
-"""Is an exported directory the trained policy? Compares log-probs on the same tokens, all computed in float32.
+"""Check that an exported directory is the trained policy, by log-probs of the same tokens, computed in float32.
 
-Distances are in units of the update: the policy's own distance from the model that it was trained from. Two things are
-told apart. An export that does not compute what rounding makes of the policy is wrong. One that does may still have
+Distances are in units of the update: the policy's own distance from the model that it was trained from. The check finds
+two problems. An export that does not compute what rounding makes of the policy is wrong. One that does may still have
 lost the update to rounding.
 """
 
@@ -25,24 +25,24 @@ from nemo_ssopd.megatron.weights import load_hf_weights
 ROWS, LENGTH = 2, 64
 LAST_PLACE = 2.0**-24
 UNMEASURED_NOISE = 1e-5
-"""Float32's noise where there is no base model to measure it on, in nats."""
+"""Nats of float32 noise, assumed when there is no base model to measure it on."""
 NOISE_LIMIT, UPDATE_LIMIT = 10.0, 1e-3
-"""A right export is this near to what is expected: times the noise, plus times the update."""
+"""A right export is at most NOISE_LIMIT * noise + UPDATE_LIMIT * update away from what is expected."""
 MEASURABLE = 3.0
-"""An update is seen when it is this many times what a right export may be off."""
+"""An update is measurable when it is over this many times what a right export may be off."""
 KEPT_LIMIT = 0.5
-"""With less of the update, an export is nearer to the base than to the policy."""
+"""Largest distance of `kept` from 1. With less of the update, an export is nearer to the base than to the policy."""
 
 
 class TrainerLogprobs(NamedTuple):
-    """By the trainer's model, [B, S, V] each."""
+    """Log-probs by the trainer's model, [B, S, V] each."""
 
     policy: torch.Tensor
-    """Adapters beside the base weights: nothing merged, nothing rounded."""
+    """Adapters apart from the base weights: nothing merged, nothing rounded."""
     expected: torch.Tensor
-    """With the weights that an export should have: merged and rounded, or the policy again where nothing is."""
+    """Merged and rounded, as the weights of an export should be; equal to `policy` when nothing is rounded."""
     base: torch.Tensor | None
-    """Before training; None where that model is not known."""
+    """The model before training; None when it is not known."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,32 @@ class Comparison:
     """
 
     update: float | None
-    """From the base to the policy; None where the base is not known."""
+    """Distance from the base to the policy; None when the base is not known."""
     error: float
-    """From the policy to the export."""
+    """Distance from the policy to the export."""
     unexplained: float
-    """From what the export must be, the policy merged and rounded, to the export."""
+    """Distance from what the export must be, the policy merged and rounded, to the export."""
     noise: float
-    """Of float32: from the base by the trainer to the base by transformers, and half a last place of the log-probs."""
+    """Noise of float32: distance from the base by the trainer to the base by transformers, plus half a last place of
+    the log-probs."""
     kept: float
     """Share of the update in the export: <export - base, policy - base> / <policy - base, policy - base>."""
 
     @property
     def limit(self) -> float:
-        """For `unexplained`."""
+        """Largest `unexplained` of a right export, in nats."""
         return NOISE_LIMIT * self.noise + UPDATE_LIMIT * (self.update or 0.0)
 
     @property
     def is_measurable(self) -> bool:
-        """The update stands out of the noise: an export without it would be over the limit, or known to be rounded."""
+        """Tell whether the update stands out of the noise.
+
+        If so, an export without it would be over the limit, or known to be rounded.
+        """
         return self.update is not None and self.update > MEASURABLE * self.limit
 
     def problem(self) -> str | None:
-        """What makes the export no copy of the policy, or None. Log-probs that are not finite are a problem too."""
+        """Return why the export is not a copy of the policy, or None. Log-probs that are not finite are a problem."""
         if not self.unexplained <= self.limit:
             return (
                 f"is not the trained model: log-probs are {self.unexplained:.1e} nats from what they must be, over "
@@ -86,7 +90,7 @@ class Comparison:
         return None
 
     def line(self) -> str:
-        """What a right export holds, and how to lose less."""
+        """Describe what a right export holds, and how to lose less."""
         if self.is_measurable and self.error > self.limit:
             return f"{self._measures()}. Rounding did that: --dtype float32 and --adapter-only keep all"
         return self._measures()
@@ -110,9 +114,10 @@ def compare_with_export(
     is_adapter: bool,
     dtype: str,
 ) -> Comparison | None:
-    """The checkpoint's policy against what transformers, or PEFT, makes of `output`; None on all ranks but the first.
+    """Compare the checkpoint's policy with what transformers, or PEFT, makes of `output`.
 
-    `dtype` is that of merged weights. Takes memory for the model in float32, once at a time.
+    Returns None on all ranks except the first. `dtype` is the type of merged weights. Needs memory for one model in
+    float32 at a time.
     """
     tokens_BS = test_tokens(saved)
     trained = trainer_logprobs(saved, tokens_BS, parallel, runtime, rounded_to=None if is_adapter else dtype)
@@ -136,7 +141,7 @@ def compare_with_export(
 
 
 def test_tokens(saved: SavedPolicy) -> torch.Tensor:
-    """[B, S], the same on every rank."""
+    """Return random token ids [B, S], the same on every rank."""
     length = min(LENGTH, saved.hf.max_position_embeddings)
     return torch.randint(saved.hf.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(1))
 
@@ -149,7 +154,10 @@ def trainer_logprobs(
     *,
     rounded_to: str | None = None,
 ) -> TrainerLogprobs:
-    """By one model, in float32. `rounded_to` is the type of an export's merged weights. All ranks call it."""
+    """Compute log-probs with one model in float32. All ranks call it.
+
+    `rounded_to` is the type of an export's merged weights.
+    """
     model = load_policy(saved, parallel, runtime, dtype="float32")
 
     def logprobs() -> torch.Tensor:
@@ -186,7 +194,7 @@ def _load(path: str | Path) -> PreTrainedModel:
 
 
 def _load_base(saved: SavedPolicy) -> PreTrainedModel:
-    """With the values that training started from: those of the type trained in."""
+    """Load the base with the values that training started from: rounded to the type trained in."""
     assert saved.base is not None
     base = _load(saved.base)
     round_weights(base, getattr(torch, saved.dtype))
