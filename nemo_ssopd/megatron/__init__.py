@@ -1,1 +1,1 @@
-"""The trainer's side: model, adapters, policy, refit, checkpoints, export, on Megatron-Core."""
+"""The trainer's side, on Megatron-Core: layout, model, adapters, weights, policy, refit."""

@@ -1,3 +1,3 @@
-"""The name that `MegatronPolicy` had before."""
+"""The old name of `MegatronPolicy`, still importable."""
 
 from nemo_ssopd.megatron.policy import MegatronPolicy as MegatronGRPOActor  # noqa: F401

@@ -1,4 +1,4 @@
-"""Megatron-Core without a GPU: answers to the CUDA calls that it has hard-wired."""
+"""Run Megatron-Core without a GPU: replacements for the CUDA calls that it has hard-wired."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _USED_PARTS = (
 
 
 def teach_megatron_the_cpu() -> None:
-    """Answer, for 0.16 to 0.19, the CUDA calls that Megatron-Core has hard-wired, inside Megatron's own modules only.
+    """Replace the CUDA calls that Megatron-Core 0.16 to 0.19 has hard-wired, inside Megatron's own modules only.
 
     1. Its modules get another `torch`, where `torch.cuda.current_device()` is the CPU and `device="cuda"` means it.
-    2. Activation recomputation saves and restores a CUDA random state: there is none.
-    3. float16's loss scale is loaded to a CUDA device.
+    2. Activation recomputation saves and restores a CUDA random state: it gets an empty one.
+    3. float16's loss scale would be loaded to a CUDA device: it stays on the CPU.
     4. Its optimizers ask for a dtype by comparing `tensor.type()` with names such as "torch.cuda.FloatTensor": the
        constants in those four functions become the CPU's names.
     """

@@ -69,7 +69,7 @@ def _adapter(
 
 @contextmanager
 def adapters_disabled(model: GPTModel) -> Iterator[None]:
-    """Inside, `model` is the frozen base, bit for bit. May be nested."""
+    """Disable the adapters: inside, `model` is the frozen base, bit for bit. May be nested."""
     layers = [module for module in model.modules() if isinstance(module, _AdaptedLinear)]
     before = [layer.adapters_enabled for layer in layers]
     for layer in layers:
@@ -82,7 +82,7 @@ def adapters_disabled(model: GPTModel) -> Iterator[None]:
 
 
 def adapters_enabled(model: GPTModel) -> bool:
-    """False inside `adapters_disabled`."""
+    """Tell whether all adapters are enabled; they are not inside `adapters_disabled` or after `merge_adapters`."""
     return all(module.adapters_enabled for module in model.modules() if isinstance(module, _AdaptedLinear))
 
 
@@ -96,7 +96,7 @@ def merge_adapters(model: GPTModel) -> None:
 
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:
-    """In the order of the layers; empty without adapters."""
+    """Iterate over the adapters in the order of the layers; empty without adapters."""
     return (module for module in model.modules() if isinstance(module, Adapter))
 
 
@@ -106,7 +106,7 @@ class Adapter(nn.Module):
     A: nn.Parameter
     B: nn.Parameter
     sharded_axis: ClassVar[Mapping[str, int]]
-    """Which matrix the tensor-parallel ranks split, and along which axis; the other is the same on all of them."""
+    """The matrix that the tensor-parallel ranks split, and the axis; the other matrix is the same on all of them."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class Adapter(nn.Module):
             self.register_parameter(name, parameter)
 
     def delta(self) -> torch.Tensor:
-        """What merging adds to this rank's part of the projection's weight, in float32."""
+        """Return what merging adds to this rank's part of the projection's weight, in float32."""
         return self.scale * (self.B.detach().float() @ self.A.detach().float())
 
     def sharded_state_dict(
@@ -160,7 +160,7 @@ class Adapter(nn.Module):
 
 
 class ColumnAdapter(Adapter):
-    """Output features are split: A is replicated, B holds this rank's rows."""
+    """An adapter whose output features are split: A is replicated, B holds this rank's rows."""
 
     sharded_axis: ClassVar[Mapping[str, int]] = {"B": 0}
 
@@ -175,7 +175,7 @@ class ColumnAdapter(Adapter):
 
 
 class RowAdapter(Adapter):
-    """Input features are split: A holds this rank's columns, B is replicated."""
+    """An adapter whose input features are split: A holds this rank's columns, B is replicated."""
 
     sharded_axis: ClassVar[Mapping[str, int]] = {"A": 1}
 
@@ -189,7 +189,7 @@ class RowAdapter(Adapter):
 
 
 class _AdaptedLinear(nn.Module):
-    """Mixed into the class of a Megatron or Transformer Engine linear layer by `_attach`."""
+    """A mix-in that `_attach` adds to the class of a Megatron or Transformer Engine linear layer."""
 
     weight: nn.Parameter
     adapters_enabled: bool
@@ -207,7 +207,7 @@ class _AdaptedLinear(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        # The layer itself takes everything but its own weight for replicated; the adapters know better.
+        # The layer itself treats everything except its own weight as replicated; the adapters state their own split.
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         for name in self.adapter_names:
             adapter = self.get_submodule(name)
@@ -229,12 +229,12 @@ def _attach(layer: nn.Module, module: str, named: Mapping[str, Adapter], *, grou
 
 
 def _require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Recomputation builds a graph only for inputs that require a gradient; a frozen embedding's output does not."""
+    """Make a frozen embedding's output require a gradient: recomputation builds a graph only for inputs that do."""
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _kaiming_uniform(shape: tuple[int, int], *, seed: int, name: str) -> torch.Tensor:
-    """PEFT's initial values, drawn for the whole matrix so that they do not depend on how it is split."""
+    """Draw PEFT's initial values for the whole matrix, so that they do not depend on how it is split."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

@@ -48,7 +48,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def build_model(hf: HFModelConfig, model: ModelConfig, parallel: ParallelConfig, runtime: Runtime) -> GPTModel:
-    """This rank's shard, on its device, with weights not yet set: `load_hf_weights` comes next."""
+    """Build this rank's shard on its device, with weights not yet set: `load_hf_weights` comes next."""
     config = _transformer_config(hf, model, parallel, runtime)
     gpt = GPTModel(
         config=config,
@@ -69,10 +69,11 @@ def build_model(hf: HFModelConfig, model: ModelConfig, parallel: ParallelConfig,
 def hidden_states(
     model: torch.nn.Module, tokens_S: torch.Tensor, bounds: tuple[int, ...], starts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[S, H], final. Sequence b is tokens_S[bounds[b] : bounds[b + 1]]; positions and attention begin anew with each.
+    """Return the final hidden states, [S, H].
 
-    `model` is the GPTModel or Megatron's data-parallel wrapper of it. `starts` is `bounds` on the device, int32, where
-    the caller has sent it before; sending it here waits for the device.
+    Sequence b is tokens_S[bounds[b] : bounds[b + 1]]; positions and attention begin anew with each. `model` is the
+    GPTModel or Megatron's data-parallel wrapper of it. `starts` is `bounds` as int32 on the device. Without it,
+    `bounds` is sent here, which waits for the device.
     """
     if starts is None:
         starts = torch.tensor(bounds, dtype=torch.int32, device=tokens_S.device)
@@ -85,14 +86,14 @@ def hidden_states(
 
 
 def output_weight(model: GPTModel) -> torch.Tensor:
-    """[W, H], a parameter: the embedding's own when they are tied."""
+    """Return the output layer's weight [W, H], a parameter: the embedding's own when they are tied."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
 
 
 def padded_vocab_size(hf: HFModelConfig, tensor: int) -> int:
-    """Rounded up so that every rank holds as many rows; the padding is zero and the losses mask it."""
+    """Round the vocabulary up so that all ranks hold equally many rows; the padding is zero and the losses mask it."""
     return -(-hf.vocab_size // tensor) * tensor
 
 
@@ -109,7 +110,7 @@ class _OutputWeight(ColumnParallelLinear):
 
 
 class _TorchRMSNorm(torch.nn.RMSNorm):
-    """Megatron's own wrapper of this class refuses sequence parallelism; all that takes is a mark on the weight."""
+    """Torch's RMSNorm with the mark on the weight that sequence parallelism needs; Megatron's wrapper refuses it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -117,7 +118,7 @@ class _TorchRMSNorm(torch.nn.RMSNorm):
 
 
 class _TorchAttention(DotProductAttention):
-    """Megatron's local attention refuses packed sequences: each gets torch's. T tokens, N heads, D head size."""
+    """Megatron's local attention; for packed sequences, which that refuses, torch's. T tokens, N heads, D head size."""
 
     def forward(
         self,
@@ -216,7 +217,7 @@ def _transformer_config(
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu_initialization=not on_cuda,
-        # The loss is a sum; what it is divided by is the objective's business, not Megatron's.
+        # The loss is a sum; the objective divides it, not Megatron.
         calculate_per_token_loss=True,
         deterministic_mode=runtime.deterministic,
         recompute_granularity="full" if model.recompute else None,

@@ -42,21 +42,21 @@ from nemo_ssopd.ops.logprobs import linear_logprobs
 from nemo_ssopd.types import PackedBatch, TokenSequence, TrainExample
 
 # float16 only. Losses are divided by the tokens of a global batch, millions of them, so that gradients of one token are
-# far under float16's smallest number, 6e-8; the scale lifts them. Twice as large each LOSS_SCALE_WINDOW steps without
-# an overflow; each overflow skips its step and halves it. 2^16 is where torch's own scaler starts; Megatron's 2^32
-# would begin with steps that are skipped. (ours)
+# far under float16's smallest number, 6e-8; the scale lifts them. It doubles after LOSS_SCALE_WINDOW steps without an
+# overflow; each overflow skips its step and halves it. 2^16 is where torch's own scaler starts; Megatron's 2^32 would
+# begin with skipped steps. (ours)
 LOSS_SCALE, LOSS_SCALE_WINDOW = 2.0**16, 1000
 
 CHANGE = 0.1
-"""Standard deviation of what `changed` adds. At rank 64 an adapter's output is then as large as its input."""
+"""Standard deviation of the noise that `changed` adds. At rank 64 an adapter's output is then as large as its input."""
 
 MakeInputs: TypeAlias = Callable[..., TokenInputs]
-"""Completes what is known of a micro-batch's tokens by `logprobs_T` and `entropy_T`."""
+"""A function that adds `logprobs_T` and `entropy_T` to what is known of a micro-batch's tokens."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did: `skipped` when loss or gradient was not finite and the weights were left alone.
+    """The result of one optimizer step. When `skipped`, the weights were left alone: see `MegatronPolicy.update`.
 
     >>> StepResult(skipped=False, metrics={"optim/grad_norm": Max(0.31)})
     """
@@ -89,7 +89,7 @@ class MegatronPolicy:
         self.model = build_model(hf, config.model, config.parallel, runtime)
         load_hf_weights(self.model, hf, config.model.path, runtime)
         self.base_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        """Of this rank's shard, without adapters."""
+        """Bytes of this rank's shard, without adapters."""
         if config.lora.enabled:
             add_lora(self.model, hf, config.lora, seed=config.trainer.seed, runtime=runtime)
         self._initial = None if config.lora.enabled else _copy_of_weights(self.model)
@@ -99,7 +99,7 @@ class MegatronPolicy:
         self.scheduler = _scheduler(self.optimizer, config.optimizer)
         self._forward_backward = get_forward_backward_func()
         self.grad_norm_limit = math.inf
-        """A step with a larger gradient norm is skipped; the loop sets it, from the norms of the steps before."""
+        """Largest gradient norm; a step over it is skipped. The loop sets it from the norms of the steps before."""
 
     # The passes without gradients.
 
@@ -148,7 +148,7 @@ class MegatronPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, every pass runs on the fixed initial weights: pi_ref, and by default the teacher."""
+        """Run every pass inside on the fixed initial weights: pi_ref and, by default, the teacher."""
         weights: AbstractContextManager[None] = (
             adapters_disabled(self.model) if self._initial is None else _swapped(self.model, self._initial)
         )
@@ -157,7 +157,7 @@ class MegatronPolicy:
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Inside, every pass runs on the teacher's weights: the initial ones, the current ones or their average."""
+        """Run every pass inside on the teacher's weights: the initial ones, the current ones or their average."""
         weights: dict[str, AbstractContextManager[None]] = {
             "fixed": self.reference(),
             "live": nullcontext(),
@@ -168,11 +168,11 @@ class MegatronPolicy:
 
     @contextmanager
     def changed(self) -> Iterator[None]:
-        """Inside, the policy is another one, far away, and the same on every rank: see `setup.check_refit`.
+        """Make the policy, inside, another one far from it, the same on every rank: see `setup.check_refit`.
 
-        Adapters' B are moved, or where all weights train, those of the norms: they are small. By random numbers: what
-        one constant adds to every element of B has one sign in all outputs, and squares from layer to layer, to 1e6
-        where float16 ends at 65 504.
+        The adapters' B are moved or, when all weights train, the norms' weights: these are small. They are moved by
+        random numbers. What one constant adds to every element of B has one sign in all outputs. It squares from layer
+        to layer, up to 1e6; float16 ends at 65 504.
         """
         generator = torch.Generator(self.runtime.device).manual_seed(1)
         moved = {}
@@ -190,7 +190,7 @@ class MegatronPolicy:
     ) -> StepResult:
         """Take one optimizer step on this rank's examples.
 
-        The weights stay as they are, and `skipped` is true, when loss or gradient are not finite or the gradient norm
+        The weights stay as they are, and `skipped` is true, when loss or gradient is not finite or the gradient norm
         is over `grad_norm_limit`. `loss/total` in the metrics is this data-parallel rank's share.
         """
         # All that the device needs from the host goes over before the first pass; metrics come back after the last.
@@ -232,7 +232,7 @@ class MegatronPolicy:
         return StepResult(skipped=skipped, metrics=metrics)
 
     def _denominators(self, examples: Sequence[TrainExample], aux_losses: Sequence[AuxLoss]) -> _Denominators:
-        """Count over all data-parallel ranks. Where nothing is counted, 1 divides a sum of zero."""
+        """Count over all data-parallel ranks. A count of zero becomes 1, which then divides a sum of zero."""
         own = [
             sum(sum(example.token_weights) for example in examples),
             sum(any(example.token_weights) for example in examples),
@@ -244,15 +244,18 @@ class MegatronPolicy:
         return _Denominators(tokens, completions, tuple(aux))
 
     def _apply_gradients(self) -> None:
-        """Clip them and let Adam step. `optimizer.step()` would prepare them a second time: divide them by the loss
-        scale once more, and count the step twice in it."""
+        """Clip the gradients and take Adam's step.
+
+        `optimizer.step()` would prepare the gradients a second time: divide them by the loss scale once more, and count
+        the step twice toward the scale's window.
+        """
         for part in self.optimizer.chained_optimizers:
             if part.config.clip_grad > 0:
                 part.clip_grad_norm(part.config.clip_grad)
         self.optimizer.step_with_ready_grads()
 
     def _move_average(self) -> None:
-        """Of the trained weights, for an averaged teacher. In float32: in bfloat16 small moves would be lost."""
+        """Move an averaged teacher toward the trained weights, in float32: in bfloat16 small moves would be lost."""
         parameters = dict(self.model.named_parameters())
         for name, average in self.teacher_average.items():
             average.lerp_(parameters[name].detach().float(), 1 - self._ema_decay)
@@ -351,7 +354,7 @@ class MegatronPolicy:
     # Weights out.
 
     def weights(self, rounding: Rounding | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face names and full tensors, adapters merged unless disabled; every rank iterates in step."""
+        """Iterate over Hugging Face names and full tensors, adapters merged unless disabled; all ranks go in step."""
         return hf_weights(self.model, self.hf, self.runtime, merged=adapters_enabled(self.model), rounding=rounding)
 
     # What all passes share.
@@ -387,7 +390,7 @@ def _trained_in_float32(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _swapped(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Run on `weights`, then on the current ones again, bit for bit. In place: Megatron's buffers own the storage."""
+    """Run on `weights`, then restore the current ones bit for bit. In place: Megatron's buffers own the storage."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in weights}
     current = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with torch.no_grad():
@@ -408,7 +411,7 @@ def _finish_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | N
 def _optimizer(
     model: GPTModel, config: OptimizerConfig, dtype: torch.dtype
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """Megatron's data-parallel wrapper and Adam over the trainable parameters."""
+    """Build Megatron's data-parallel wrapper, and Adam over the trainable parameters."""
     assert model.config.calculate_per_token_loss, "see MegatronPolicy._loss"
     ddp = DistributedDataParallel(
         config=model.config,
@@ -447,7 +450,7 @@ def _optimizer(
 
 
 def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:
-    """Linear warm-up, then constant, or cosine to zero at decay_steps."""
+    """Build the learning-rate schedule: linear warm-up, then constant, or cosine to zero at decay_steps."""
     decay_steps = config.decay_steps or config.warmup_steps + 1
     return OptimizerParamScheduler(
         optimizer,

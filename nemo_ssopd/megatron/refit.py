@@ -1,13 +1,13 @@
-"""The trainer's weights to the rollout engine, in place, at the start and after every step, and proof that they came.
+"""Copy the trainer's weights into the rollout engine, in place, at the start and after every step; check the copy.
 
     refit(policy, engine, config, policy_version=7)
 
-Merged: every weight goes over, adapters added. Adapter: the engine keeps the base model, and gets A and B as a LoRA
-adapter of its own, rank / hidden of the bytes; the trainer's rounding is then the engine's too.
+Merged: every weight is sent, adapters added. Adapter: the engine keeps the base model, and gets A and B as a LoRA
+adapter of its own. That is rank / hidden of the bytes, and the engine rounds as the trainer does.
 
 In bfloat16 a few steps change log-probs by less than rounding does, so log-probs cannot show a stale engine. Therefore
-the engine's tensors are compared, bit for bit, with what was sent: adapters whole; of every weight some columns,
-others at every version.
+the engine's tensors are compared, bit for bit, with what was sent: adapters whole; of every weight some columns, other
+ones at each version.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from nemo_ssopd.types import SentTensor
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 COLUMNS = 16
-"""That are compared of a matrix, at least: two for each of 8 tensor-parallel ranks."""
+"""Columns of a matrix that are compared, at least: two for each of 8 tensor-parallel ranks."""
 
 
 class Engine(Protocol):
-    """What takes the weights: `rollout.engine.RolloutEngine`."""
+    """A receiver of weights: `rollout.engine.RolloutEngine`."""
 
     def load_weights(self, weights: Weights, *, policy_version: int) -> None: ...
 
@@ -45,9 +45,9 @@ class Engine(Protocol):
 
 
 def refit(policy: MegatronPolicy, engine: Engine, config: Config, *, policy_version: int) -> None:
-    """From here on the engine samples from the policy's policy, inside `reference` or `teacher` from that one's.
+    """Make the engine sample from the current policy or, inside `reference` or `teacher`, from that one.
 
-    All ranks call it, with config.rollout.refit. UnhealthyRun on all of them where an engine holds something else.
+    All ranks call it; config.rollout.refit says how. UnhealthyRun on all of them when an engine holds something else.
     """
     sent: dict[str, SentTensor] = {}
     if config.rollout.refit == "merged":
@@ -71,7 +71,7 @@ def refit(policy: MegatronPolicy, engine: Engine, config: Config, *, policy_vers
 
 
 def _sampled(policy: MegatronPolicy, sent: dict[str, SentTensor], *, turn: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's weights; of each, `sent` keeps what will be compared."""
+    """Yield the policy's weights; keep in `sent` the part of each that will be compared."""
     vocabulary = policy.hf.family.vocabulary
     for name, tensor in policy.weights():
         step = max(1, tensor.shape[-1] // COLUMNS) if tensor.dim() == 2 else 1
@@ -81,6 +81,6 @@ def _sampled(policy: MegatronPolicy, sent: dict[str, SentTensor], *, turn: int) 
 
 
 def _scaled(weights: Weights, lora: LoraConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """B times alpha / r, so that the engine need not know them."""
+    """Multiply B by alpha / r, so that the engine need not know them."""
     for name, tensor in weights:
         yield name, tensor * (lora.alpha / lora.rank) if ".lora_B." in name else tensor

@@ -4,8 +4,8 @@
     ...
     shutdown()
 
-On CUDA: NCCL, one GPU per process. Without: gloo and plain processes, and Megatron-Core is taught to live there (see
-`cpu_shim`); nothing outside Megatron's own modules changes, so vLLM and transformers see the real torch.
+On CUDA: NCCL, one GPU per process. Without CUDA: gloo and plain processes, with Megatron-Core adapted by `cpu_shim`.
+Nothing outside Megatron's own modules changes, so vLLM and transformers see the real torch.
 The default process group is the world, which is what vLLM's `external_launcher` builds on.
 """
 
@@ -35,13 +35,13 @@ DETERMINISTIC = {
     # Read when vLLM compiles: its cache does not know that kernels may no longer be chosen by their time.
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
-"""What trainer.deterministic sets in the environment, by the sources of Transformer Engine 2.16, vLLM 0.20.1 and torch
-2.13, and by NCCL's documentation. None was tried: there was no GPU."""
+"""Environment variables that trainer.deterministic sets, from the sources of Transformer Engine 2.16, vLLM 0.20.1 and
+torch 2.13, and from NCCL's documentation. None was tried: there was no GPU."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the others.
+    """This process: its rank, device, layout and groups.
 
     >>> runtime = initialize(ParallelConfig(world_size=8, tensor=2), seed=1)   # on rank 5
     >>> runtime.rank, runtime.layout.tensor.rank, runtime.is_main
@@ -55,7 +55,7 @@ class Runtime:
     cpu_group: dist.ProcessGroup
     """The world, over gloo: for Python objects and CPU tensors."""
     deterministic: bool
-    """Whether the same inputs must give the same bits on CUDA too."""
+    """True when the same inputs must give the same bits, also on CUDA."""
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +68,7 @@ class Runtime:
 
 
 def initialize(parallel: ParallelConfig, *, seed: int, deterministic: bool = False) -> Runtime:
-    """Join the process group and build Megatron's groups; call it after importing whatever uses Megatron."""
+    """Join the process group and build Megatron's groups; call it after importing everything that uses Megatron."""
     rank, world_size, local_rank = _launched_as()
     if world_size != parallel.world_size:
         raise ValueError(
@@ -109,14 +109,14 @@ def initialize(parallel: ParallelConfig, *, seed: int, deterministic: bool = Fal
 def _make_deterministic() -> None:
     """Choose deterministic algorithms in this process, before its first matmul, attention layer and communicator.
 
-    What a launcher put into the environment is overruled.
+    It overrides what a launcher put into the environment.
 
     torch warns instead of raising, since vLLM's top-p sampler sums on CUDA in a way that torch calls nondeterministic.
     This also keeps torch.compile, which vLLM uses, from choosing kernels by their measured time. Memory is not filled
     as torch would then do: nothing here reads what it did not write. NGC images let float32 matmuls be TF32.
 
-    VLLM_BATCH_INVARIANT is left alone: it puts kernels without a backward in the place of torch's own operators, in
-    the whole process, so the trainer's too. Without it the engine repeats itself for equal batches in equal order.
+    VLLM_BATCH_INVARIANT is left alone: it replaces torch's own operators with kernels that have no backward, in the
+    whole process, so in the trainer too. Without it the engine repeats itself for equal batches in equal order.
     """
     os.environ.update(DETERMINISTIC)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -132,9 +132,9 @@ def shutdown() -> None:
 
 
 def _launched_as() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's variables, or from srun's, which are then written as torchrun's.
+    """Return (rank, world size, local rank) from torchrun's variables, or from srun's.
 
-    vLLM's `external_launcher` reads torchrun's names too.
+    srun's variables are also written under torchrun's names, which vLLM's `external_launcher` reads.
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         job_port = 10000 + int(os.environ["SLURM_JOB_ID"]) % 20000

@@ -1,4 +1,4 @@
-"""Where a Hugging Face tensor lies in the model: a view into one Megatron-Core parameter, this rank's part of it.
+"""The place of a Hugging Face tensor in the model: a view into one Megatron-Core parameter, this rank's part of it.
 
 shard = shard_of(weight, layer, hf)     # `weight` from the family's table
 """
@@ -23,12 +23,12 @@ class Shard:
     name: str
     kind: Kind
     view: torch.Tensor
-    """Inside the Megatron parameter; its leading axes, flattened, are the rows."""
+    """View into the Megatron parameter; its leading axes, flattened, are the rows."""
     shape: tuple[int, ...]
-    """Of this rank's part. The last rows of a vocabulary may be padding."""
+    """Shape of this rank's part. The last rows of a vocabulary may be padding."""
 
     def whole_shape(self, tp_size: int) -> list[int]:
-        """Of the tensor, with the padding of a vocabulary."""
+        """Return the shape of the whole tensor, with the padding of a vocabulary."""
         return [size * tp_size if axis == self.kind.axis else size for axis, size in enumerate(self.shape)]
 
 

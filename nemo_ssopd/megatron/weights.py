@@ -34,9 +34,9 @@ InMemory: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 class Rounding:
-    """What rounding to the exported type leaves of the adapters' update d: W + d is written as W + c.
+    """The effect of rounding to the exported type on the adapters' update d: W + d is written as W + c.
 
-    Filled by `hf_weights`, complete when that is exhausted. The sums run over all adapted weights.
+    `hf_weights` fills it; it is complete when that is exhausted. The sums run over all adapted weights.
 
     >>> rounding.kept, rounding.error      # after 10 steps at 5e-6 in bfloat16
     (0.21, 0.85)
@@ -49,17 +49,17 @@ class Rounding:
 
     @property
     def has_update(self) -> bool:
-        """False without adapters, and while they add nothing."""
+        """Tell whether the adapters add anything; false also without adapters."""
         return float(self._sums[0]) > 0
 
     @property
     def kept(self) -> float:
-        """<c, d> / <d, d>: 1 when the update is whole, 0 when it is lost."""
+        """Share of the update that is kept, <c, d> / <d, d>: 1 when it is whole, 0 when it is lost."""
         return float(self._sums[1] / self._sums[0])
 
     @property
     def error(self) -> float:
-        """|c - d| / |d|: what rounding took away or added, in units of the update."""
+        """Relative error |c - d| / |d|: what rounding took away or added, in units of the update."""
         return float((self._sums[2] / self._sums[0]).sqrt())
 
     def add(self, weight: torch.Tensor, delta: torch.Tensor, merged: torch.Tensor) -> None:
@@ -77,7 +77,7 @@ class Rounding:
 def load_hf_weights(model: GPTModel, hf: HFModelConfig, path: str | Path, runtime: Runtime) -> None:
     """Fill `model` from the safetensors in `path`; ValueError, with names, for missing, extra or misshapen tensors.
 
-    What is on the meta device is left there.
+    Tensors on the meta device stay there.
     """
     files = tensor_files(Path(path))
     shards = list(_shards(model, hf))
@@ -102,13 +102,13 @@ def hf_weights(
     rounding: Rounding | None = None,
     in_memory: InMemory = nullcontext,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of this pipeline stage, whole, under its Hugging Face name, in `dtype` or the model's own.
+    """Yield every tensor of this pipeline stage, whole, under its Hugging Face name, in `dtype` or the model's own.
 
     `merged` adds the adapters, W + alpha / r B A, in float32; `rounding` counts what is lost after that. All ranks
-    must iterate to the end. What comes out may share memory with the parameters: clone what is kept over an optimizer
-    step, and write to none of it.
+    must iterate to the end. Yielded tensors may share memory with the parameters: clone those that are kept over an
+    optimizer step, and write to none of them.
 
-    `in_memory` surrounds the use of each part of the model, a layer at the most: it may load the part and drop it.
+    `in_memory` wraps the use of each part of the model, at most one layer: it may load the part and drop it.
     """
     deltas = {f"{adapter.hf_name}.weight": adapter for adapter in adapters(model)} if merged else {}
     for shard in _shards(model, hf, in_memory):
@@ -126,7 +126,7 @@ def hf_weights(
 
 
 def peft_weights(model: nn.Module, runtime: Runtime) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every adapter matrix in `model`, or in a part of it, whole, by PEFT's name. All ranks must iterate to the end."""
+    """Yield every adapter matrix in a model or a part, whole, by PEFT's name. All ranks must iterate to the end."""
     for adapter in adapters(model):
         is_column = isinstance(adapter, ColumnAdapter)
         a, b = adapter.A.detach(), adapter.B.detach()
@@ -136,7 +136,7 @@ def peft_weights(model: nn.Module, runtime: Runtime) -> Iterator[tuple[str, torc
 
 
 def _shards(model: GPTModel, hf: HFModelConfig, in_memory: InMemory = nullcontext) -> Iterator[Shard]:
-    """Every tensor of this pipeline stage, in the order of the layers."""
+    """Yield every tensor of this pipeline stage, in the order of the layers."""
     family = hf.family
     if model.pre_process:
         with in_memory(model.embedding):
@@ -154,7 +154,7 @@ def _shards(model: GPTModel, hf: HFModelConfig, in_memory: InMemory = nullcontex
 
 
 def _load_shard(shard: Shard, source: Any, hf: HFModelConfig, runtime: Runtime) -> None:
-    """`source` is a safetensors slice: indexing it reads just that part of the file."""
+    """Copy this rank's part of `source`, a safetensors slice: indexing it reads just that part of the file."""
     expected, axis = shard.whole_shape(runtime.layout.tensor.size), shard.kind.axis
     if shard.kind is Kind.VOCABULARY:
         expected[0] = hf.vocab_size
@@ -177,7 +177,7 @@ def _load_shard(shard: Shard, source: Any, hf: HFModelConfig, runtime: Runtime) 
 
 
 def tensor_files(path: Path) -> dict[str, str]:
-    """Tensor name -> the safetensors file that holds it."""
+    """Return, for each tensor name, the safetensors file that holds it."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         return {name: str(path / file) for name, file in json.loads(index.read_text())["weight_map"].items()}
