@@ -1,4 +1,4 @@
-"""What is particular to an architecture, as one record per family.
+"""One record per model family: everything that is particular to its architecture.
 
     hf = read_hf_config("models/Qwen3-8B")           # by the record whose architecture config.json names
     for weight in hf.family.layer: ...               # a Hugging Face tensor and the Megatron parameter that holds it
@@ -42,7 +42,7 @@ class HFModelConfig:
     """Rows of the embedding; it may exceed the tokenizer's length. Megatron's own may be padded beyond it."""
     max_position_embeddings: int
     tied: bool
-    """The output layer shares the embedding's weight."""
+    """True when the output layer shares the embedding's weight."""
     norm_eps: float
     rope_theta: float
     rope_scaling: float | None
@@ -59,9 +59,9 @@ class Kind(Enum):
     REPLICATED = auto()
     """Every tensor-parallel rank has the whole tensor."""
     ROWS = auto()
-    """Each rank has as many rows: outputs."""
+    """Rows, that is outputs, of which each rank has equally many."""
     COLUMNS = auto()
-    """Each rank has as many columns: inputs."""
+    """Columns, that is inputs, of which each rank has equally many."""
     VOCABULARY = auto()
     """Rows, which the parameter pads to a multiple of the ranks."""
     QUERY = auto()
@@ -80,7 +80,7 @@ class Kind(Enum):
 
     @property
     def is_grouped(self) -> bool:
-        """Rows interleave by query groups."""
+        """Tell whether rows interleave by query groups."""
         return self in (Kind.QUERY, Kind.KEY, Kind.VALUE)
 
 
@@ -92,12 +92,12 @@ class Weight:
     """
 
     name: str
-    """In the safetensors files. {layer} stands for the layer's number, counted from 0."""
+    """Name in the safetensors files. {layer} stands for the layer's number, counted from 0."""
     parameter: str
-    """Its path in the layer or, outside the layers, in the model."""
+    """Path of the parameter in the layer or, outside the layers, in the model."""
     kind: Kind
     adapter: str | None = None
-    """Name of the LoRA adapter in the parameter's module; None for none. Its shape follows from the parameter's."""
+    """Name of the LoRA adapter in the parameter's module; None without one. Its shape follows from the parameter's."""
 
     @property
     def module(self) -> str:
@@ -132,11 +132,11 @@ class Family:
     """Modules of a Transformer Engine layer that have FP8 scales. Bridge wants a state for each."""
 
     def weights_of(self, layer: int) -> list[Weight]:
-        """The table of one decoder layer, counted from 0, under the tensors' full names."""
+        """Return the table of one decoder layer, counted from 0, under the tensors' full names."""
         return [replace(weight, name=weight.name.format(layer=layer)) for weight in self.layer]
 
     def adapted_in(self, layer: int) -> dict[str, dict[str, Weight]]:
-        """Those of the layer's weights that have adapters, by module and adapter, in the order of the module's rows."""
+        """Return the layer's weights that have adapters, by module and adapter, in the order of the module's rows."""
         by_module: dict[str, dict[str, Weight]] = {}
         for weight in sorted(self.weights_of(layer), key=lambda weight: weight.kind.value):
             if weight.adapter:
@@ -150,7 +150,7 @@ class Family:
 
 
 def families() -> dict[str, Family]:
-    """Every record in this folder, by architecture."""
+    """Return every record in this folder, by architecture."""
     names = [f"{models.__name__}.{module.name}" for module in pkgutil.iter_modules(models.__path__)]
     records = [vars(importlib.import_module(name)).get("FAMILY") for name in names]
     return {record.architecture: record for record in records if record is not None}
