@@ -36,7 +36,7 @@ from nemo_ssopd.ops.vocab_parallel import (
 
 @dataclass(frozen=True)
 class DivergenceStats:
-    """What to log beside the loss, per token, without gradient, in nats.
+    """Statistics to log in addition to the loss, per token, without gradient, in nats.
 
     Example: p_T = (0.5, 0.5), p_S = (0.9, 0.1), clip 0.05. The summands are (-0.294, 0.805), so the loss is
     -0.294 + 0.05 = -0.244, the KL 0.511, `was_clipped` 1, `clipped_mass` 0.755, the teacher's entropy log 2.
@@ -57,7 +57,7 @@ def vocab_parallel_clipped_kl(
     group: dist.ProcessGroup | None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The clipped KL of each token, [T], in nats, not reduced; float32 (float64 for float64 logits).
+    """Return the clipped KL of each token, [T], in nats, not reduced; float32 (float64 for float64 logits).
 
     Logits are this rank's columns, [T, V/tp]; ranks hold consecutive ranges of the vocabulary. Columns from
     `vocab_size` on are padding: they take no mass and get no gradient. The student's gradient has the dtype of its
@@ -74,7 +74,7 @@ def vocab_parallel_clipped_kl_with_stats(
     group: dist.ProcessGroup | None,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, DivergenceStats]:
-    """`vocab_parallel_clipped_kl`, and its statistics out of the same passes."""
+    """Return `vocab_parallel_clipped_kl` and its statistics, from the same passes."""
     return _logits_clipped_kl(student_logits, teacher_logits, clip, group, vocab_size)
 
 
@@ -89,7 +89,7 @@ def linear_clipped_kl(
     chunk_tokens: int,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The clipped KL of each token, [T], between `softmax(hidden W^T / temperature)` of student and teacher.
+    """Return the clipped KL of each token, [T], between `softmax(hidden W^T / temperature)` of student and teacher.
 
     Hidden states are [T, H], the weight is this rank's [V/tp, H].
     Logits exist for `chunk_tokens` tokens at a time. The gradient of the student's hidden states comes back summed over
@@ -118,7 +118,7 @@ def linear_clipped_kl_with_stats(
     chunk_tokens: int,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, DivergenceStats]:
-    """`linear_clipped_kl`, and its statistics out of the same passes."""
+    """Return `linear_clipped_kl` and its statistics, from the same passes."""
     _check_pair(student_hidden, teacher_hidden, clip)
     layer = output_layer(
         student_hidden,
@@ -155,19 +155,19 @@ def _check_pair(student: Tensor, teacher: Tensor, clip: float) -> None:
             f"and {tuple(teacher.shape)} {teacher.dtype}; flatten sequence and batch, cast the teacher"
         )
     if not clip >= 0:
-        raise ValueError(f"clip must be at least 0, got {clip}; infinity turns clipping off")
+        raise ValueError(f"clip must be at least 0, got {clip}; infinity disables clipping")
 
 
 @dataclass(frozen=True)
 class _ClippedKL:
-    """The token loss: see `LogitsLoss`."""
+    """The clipped KL as a `LogitsLoss`."""
 
     clip: float
     group: dist.ProcessGroup | None
     num_saved: ClassVar[int] = 5  # log-sum-exp of student and teacher, each as two numbers, and P_U
 
     def evaluate(self, student_CW: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The two collectives are here: a gather of the row statistics of both models, then a sum of loss and P_U."""
+        """Evaluate with two collectives: a gather of the row statistics of both models, then a sum of loss and P_U."""
         kernels = row_kernels(student_CW)
         on_one_rank = student_CW.device.type == "cpu" and has_whole_rows(self.group)
         if on_one_rank:
@@ -180,7 +180,7 @@ class _ClippedKL:
         if not on_one_rank:
             sums_C4 = sum_shards(kernels.kl_sums(student_CW, teacher_CW, student, teacher, self.clip), self.group)
         loss_C, unclipped_mass_C, kl_C, shards_clipped_C = sums_C4.unbind(1)
-        clipped_mass_C = torch.where(kl_C == loss_C, 0.0, kl_C - loss_C)  # infinite alike without a clip
+        clipped_mass_C = torch.where(kl_C == loss_C, 0.0, kl_C - loss_C)  # without a clip, both may be infinite
         stats = [kl_C, shards_clipped_C.clamp(max=1.0), clipped_mass_C, teacher_entropy_C, student_entropy_C]
         saved = [*student, *teacher, unclipped_mass_C]
         return loss_C, torch.stack(stats, dim=1), torch.stack(saved, dim=1)
@@ -202,7 +202,7 @@ class _ClippedKL:
 
 
 class _LogitsClippedKL(torch.autograd.Function):
-    """Keeps the logits and five numbers per token, and writes the gradient once, in the backward."""
+    """The clipped KL of logits. It keeps them and five numbers per token, and writes the gradient in the backward."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Other divergences than the clipped forward KL, over a vocabulary sharded over ranks: plain torch, in token chunks.
+"""Divergences other than the clipped forward KL, over a vocabulary sharded over ranks: plain torch, in token chunks.
 
     forward_kl: sum_v p_T log(p_T / p_S)          reverse_kl: sum_v p_S log(p_S / p_T)
     jsd: (KL(p_T || m) + KL(p_S || m)) / 2, m = (p_T + p_S) / 2         (the family of GKD, arXiv 2306.13649)
@@ -26,7 +26,7 @@ from nemo_ssopd.ops.vocab_parallel import LN_2, compute_dtype, gather_shards, ou
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence, and the cap on each of its summands over the vocabulary.
+    """A divergence, and the cap on each of its summands over the vocabulary.
 
     >>> Divergence(kind="reverse_kl", clip=0.05)
     """
@@ -35,7 +35,7 @@ class Divergence:
     clip: float
 
     def summands(self, student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-        """One per column of the vocabulary, before any clip."""
+        """Return one summand per column of the vocabulary, before any clip."""
         if self.kind == "forward_kl":
             return teacher_logp.exp() * (teacher_logp - student_logp)
         if self.kind == "reverse_kl":
@@ -56,7 +56,7 @@ def linear_divergence(
     chunk_tokens: int,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, DivergenceStats]:
-    """The clipped divergence of each token, [T], in nats, and its statistics; their `kl_T` is the unclipped one.
+    """Return the clipped divergence of each token, [T], in nats, and its statistics; their `kl_T` is unclipped.
 
     Arguments and gradients are those of `linear_clipped_kl`.
     """
@@ -71,7 +71,7 @@ def linear_divergence(
 
 @dataclass(frozen=True)
 class _TokenDivergence:
-    """The token loss: see `LogitsLoss`."""
+    """A divergence as a `LogitsLoss`."""
 
     divergence: Divergence
     group: dist.ProcessGroup | None
@@ -101,7 +101,7 @@ class _TokenDivergence:
         out_CW.copy_(grad_CW if upstream_C is None else grad_CW * upstream_C.unsqueeze(1))
 
     def _slope(self, student_logp_CW: Tensor, teacher_logp_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """d_v, the summands, and what is counted of them, all [C, W]."""
+        """Return d_v, the summands, and the clipped summands, all [C, W]."""
         with torch.enable_grad():
             student_logp_CW = student_logp_CW.detach().requires_grad_()
             summands_CW = self.divergence.summands(student_logp_CW, teacher_logp_CW)
@@ -111,5 +111,5 @@ class _TokenDivergence:
 
 
 def _log_probs(logits_CW: Tensor, log_sum_C: Tensor) -> Tensor:
-    """Of this rank's columns, normalised over all of them."""
+    """Return the log-probs of this rank's columns, normalized over the columns of all ranks."""
     return logits_CW.to(log_sum_C.dtype) - log_sum_C.unsqueeze(1)

@@ -24,23 +24,26 @@ class LogitsLoss(Protocol):
     """A loss between the rows of two shards of logits, and its gradient in the student's."""
 
     num_saved: ClassVar[int]
-    """Numbers per token that the gradient needs beside the logits."""
+    """Numbers per token that the gradient needs in addition to the logits."""
 
     def evaluate(self, student_CW: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss [C], statistics [C, 5] and what to save [C, num_saved], on every rank alike."""
+        """Return loss [C], statistics [C, 5] and what to save [C, num_saved], the same on every rank."""
         ...
 
     def write_gradient(
         self, student_CW: Tensor, teacher_CW: Tensor, saved: Tensor, upstream_C: Tensor | None, out_CW: Tensor
     ) -> None:
-        """For an upstream gradient of 1 if there is none. `out_CW` may be `student_CW`. No collective."""
+        """Write the gradient in the student's logits. `out_CW` may be `student_CW`. Without a collective.
+
+        No upstream gradient counts as 1.
+        """
         ...
 
 
 def linear_distillation(
     student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, logits_loss: LogitsLoss, layer: OutputLayer
 ) -> tuple[Tensor, Tensor]:
-    """Loss [T] and statistics [T, 5] of `softmax(hidden W^T / temperature)` of student and teacher.
+    """Return loss [T] and statistics [T, 5] of `softmax(hidden W^T / temperature)` of student and teacher.
 
     The gradient of the student's hidden states comes back summed over the group; the weight's is this shard's own, of
     the student side alone, and computed only if the weight requires it.
@@ -58,7 +61,7 @@ def linear_distillation(
 
 
 class _LinearDistillation(torch.autograd.Function):
-    """The student's gradient is written over the student's logits."""
+    """The loss with the output layer. It writes the student's gradient over the student's logits."""
 
     @staticmethod
     def forward(

@@ -38,7 +38,7 @@ def linear_logprobs(
     chunk_tokens: int,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`log p(target)` and the entropy of `p = softmax(hidden W^T / temperature)`, both [T], in nats, in float32.
+    """Return `log p(target)` and the entropy of `p = softmax(hidden W^T / temperature)`, both [T], nats, float32.
 
     Hidden states are [T, H], the weight this rank's [V/tp, H]. Targets [T] are global vocabulary ids; one that no shard
     holds has log-probability -inf. The log-probabilities are differentiable in the hidden states (that gradient comes
@@ -65,7 +65,10 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Gradient: d log p(target) / d logit_v = [v == target] - p(v). Where it is computed: see `linear_distillation`."""
+    """Log-probs, with the gradient d log p(target) / d logit_v = [v == target] - p(v).
+
+    `fused_output_loss` says where the gradient is computed.
+    """
 
     @staticmethod
     def forward(
@@ -120,7 +123,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _logits_of(targets_C: Tensor, logits_CW: Tensor) -> Tensor:
-    """[C, 1]: the target's logit where this shard holds it, else -inf, so that the maximum over shards finds it."""
+    """Return the targets' logits, [C, 1]; -inf for one of another shard, so that the maximum over shards finds it."""
     missing_C1 = logits_CW.new_full((logits_CW.shape[0], 1), -torch.inf, dtype=compute_dtype(logits_CW.dtype))
     if logits_CW.shape[1] == 0:
         return missing_C1

@@ -1,7 +1,7 @@
 """The row kernels in Numba, for CPU. `row_kernels_triton` has the same ones for CUDA.
 
 Compiled by LLVM at first use into loops of vector instructions, and kept in `__pycache__`. A row is read once per
-kernel; nothing of the logits' size is written but the gradient. Every core has rows of its own, and a row's sums are
+kernel; only the gradient that is written has the logits' size. Every core has rows of its own, and a row's sums are
 taken in one order, so the same input gives the same bits on every run, on any number of threads.
 
 T tokens, W columns of the vocabulary on this rank. Logarithms are in base 2 (the cheapest exponential on CPU and GPU
@@ -75,7 +75,7 @@ def _half_of_float(typing_context: Any, value: Any) -> Any:
 
 @intrinsic
 def _larger(typing_context: Any, a: Any, b: Any) -> Any:
-    """Either one if one is NaN: told so, LLVM makes vectors of a loop over it."""
+    """Return the larger, or either one if one is NaN: knowing that, LLVM makes vectors of a loop over it."""
 
     def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         flags = ("nnan", "nsz")
@@ -86,7 +86,10 @@ def _larger(typing_context: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def _scaled(typing_context: Any, x: Any, scale: Any, shift: Any) -> Any:
-    """x * scale - shift, rounded once. Not open to reordering: `_ - log_sum` must not become `_ - (max + log_sum)`."""
+    """Return x * scale - shift, rounded once.
+
+    It is not open to reordering: `_ - log_sum` must not become `_ - (max + log_sum)`.
+    """
 
     def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return builder.fma(values[0], values[1], builder.fneg(values[2]))
@@ -95,19 +98,19 @@ def _scaled(typing_context: Any, x: Any, scale: Any, shift: Any) -> Any:
 
 
 def _lowest(zero: Any) -> Any:
-    """The lowest finite number of this type."""
+    """Return the lowest finite number of this type."""
 
 
 def _load(element: Any) -> Any:
-    """An element of an array as float32 or float64. bfloat16 comes as uint16, float16 as int16: see `_rows_of`."""
+    """Return an array's element as float32 or float64. bfloat16 comes as uint16, float16 as int16: see `_rows_of`."""
 
 
 def _rounded(value: Any, array: Any) -> Any:
-    """What an array holds for a float: rounded to nearest, ties to even."""
+    """Convert a float to an array's type: round to nearest, ties to even."""
 
 
 def _exp2(x: Any) -> Any:
-    """2^x. In float32 to 2 units in the last place, and 0 below 2^-126; there is no vector library to lean on."""
+    """Return 2^x. In float32 to 2 units in the last place, and 0 below 2^-126; there is no vector library for it."""
 
 
 @overload(_lowest, jit_options=INLINED, strict=False)
@@ -169,12 +172,12 @@ def _exp2_overload(x: Any) -> Any:
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
-# Rows lie in a flat array, `stride` elements apart, so that LLVM sees neighbours as neighbours.
+# Rows lie in a flat array, `stride` elements apart, so that LLVM sees neighbors as neighbors.
 
 
 @_part
 def _statistics_of(x: Any, log2_e: Any, zero: Any) -> tuple[float, float, float]:
-    """Max, sum of powers and weighted sum of one row."""
+    """Return max, sum of powers and weighted sum of one row."""
     lowest = _lowest(zero)
     maximum = lowest
     for i in range(x.size):
@@ -198,7 +201,7 @@ def _statistics_of(x: Any, log2_e: Any, zero: Any) -> tuple[float, float, float]
 def _kl_sums_of(
     s: Any, t: Any, s_max: Any, t_max: Any, t_log_sum: Any, log_ratio: Any, clip: Any, log2_e: Any, zero: Any
 ) -> tuple[float, float, float, bool]:
-    """Of one row. `log_ratio` is the student's log-sum-exp less the teacher's, their maxima aside."""
+    """Return the sums of one row. `log_ratio`: the student's log-sum-exp minus the teacher's, without their maxima."""
     clipped, mass, whole, most = 0.0, 0.0, 0.0, zero
     for start in range(0, s.size, TILE):
         s_tile, t_tile = s[start : start + TILE], t[start : start + TILE]
@@ -331,10 +334,10 @@ def _logprob_gradient_kernel(
 
 
 def row_statistics(logits_TW: Tensor) -> Tensor:
-    """[T, 3] of this shard: the row's max m, sum 2^(z - m), and sum 2^(z - m) * (z - m), with z = logits * log2(e).
+    """Return [T, 3] of this shard: max m, sum 2^(z - m), sum 2^(z - m) * (z - m) of each row, z = logits * log2(e).
 
-    The last one is what the entropy needs. A row without any finite logit has sum 0 and the lowest finite max: it takes
-    no mass when shards are merged.
+    The entropy needs the last one. A row without any finite logit has sum 0 and the lowest finite max: it takes no mass
+    when shards are merged.
     """
     stats_T3 = logits_TW.new_empty(logits_TW.shape[0], 3, dtype=compute_dtype(logits_TW.dtype))
 
@@ -346,9 +349,10 @@ def row_statistics(logits_TW: Tensor) -> Tensor:
 
 
 def kl_sums(student_TW: Tensor, teacher_TW: Tensor, student: RowNorm, teacher: RowNorm, clip: float) -> Tensor:
-    """[T, 4] sums over this shard's columns: clipped KL, teacher mass on U, KL (both KL in nats), 1 if any is clipped.
+    """Return [T, 4] sums over this shard's columns: clipped KL, teacher mass on U, KL, and 1 if any is clipped.
 
-    U = {v : p_T log(p_T / p_S) < clip}; without a clip, everything, even where the summand is infinite.
+    Both KL are in nats. U = {v : p_T log(p_T / p_S) < clip}; without a clip, U is everything, even where the summand is
+    infinite.
     """
     norms_T4 = torch.stack([*student, *teacher], dim=1)
     sums_T4 = norms_T4.new_empty(norms_T4.shape, dtype=compute_dtype(student_TW.dtype))
@@ -368,7 +372,7 @@ def kl_sums(student_TW: Tensor, teacher_TW: Tensor, student: RowNorm, teacher: R
 
 
 def statistics_and_sums(student_TW: Tensor, teacher_TW: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """`row_statistics` of both models, [T, 6], and `kl_sums`, where the columns are all there are.
+    """Return `row_statistics` of both models, [T, 6], and `kl_sums`, for a shard of the whole vocabulary.
 
     Each row is read from memory once: the sums find it in the cache.
     """
@@ -399,7 +403,10 @@ def write_kl_gradient(
     upstream_T: Tensor | None,
     out_TW: Tensor,
 ) -> None:
-    """out = upstream * (P_U * p_S(v) - p_T(v) * [v in U]); `out_TW` may be `student_TW`. No upstream counts as 1."""
+    """Write out = upstream * (P_U * p_S(v) - p_T(v) * [v in U]).
+
+    `out_TW` may be `student_TW`. No upstream counts as 1.
+    """
     norms_T4 = torch.stack([*student, *teacher], dim=1)
     unclipped_mass_T = unclipped_mass_T.contiguous()
     upstream_T = _upstream(upstream_T, student_TW)
@@ -422,9 +429,10 @@ def write_kl_gradient(
 def write_logprob_gradient(
     logits_TW: Tensor, norm: RowNorm, targets_T: Tensor, upstream_T: Tensor | None, out_TW: Tensor
 ) -> None:
-    """out = upstream * ([v == target] - p(v)); `out_TW` may be `logits_TW` itself. No upstream counts as 1.
+    """Write out = upstream * ([v == target] - p(v)).
 
-    Targets are column numbers of this shard; one outside of [0, W) lies on another shard.
+    `out_TW` may be `logits_TW` itself. No upstream counts as 1. Targets are column numbers of this shard; one outside
+    of [0, W) lies on another shard.
     """
     norm_T2 = torch.stack([*norm], dim=1)
     upstream_T, targets_T = _upstream(upstream_T, logits_TW), targets_T.contiguous()
@@ -443,7 +451,7 @@ def write_logprob_gradient(
 
 
 def _rows_of(tensor_TW: Tensor, rows: slice) -> tuple[np.ndarray, int]:
-    """A flat view of these rows, and how far apart they lie in it. NumPy has no bfloat16, and Numba no float16."""
+    """Return a flat view of these rows, and their distance in it. NumPy has no bfloat16, and Numba no float16."""
     part = with_unit_stride(tensor_TW.detach()[rows])
     size = (part.shape[0] - 1) * part.stride(0) + part.shape[1] if part.numel() else 0
     flat = part.as_strided((size,), (1,))
@@ -452,7 +460,7 @@ def _rows_of(tensor_TW: Tensor, rows: slice) -> tuple[np.ndarray, int]:
 
 
 def _limit(clip: float, logits_TW: Tensor) -> Any:
-    """The clip in base 2, in the kernels' own precision. No clip becomes NaN, which no number reaches."""
+    """Return the clip in base 2, in the kernels' own precision. No clip becomes NaN, which no number reaches."""
     limit = math.nan if clip == math.inf else clip * LOG2_E
     return torch.tensor(limit, dtype=compute_dtype(logits_TW.dtype)).numpy()[()]
 
@@ -465,7 +473,7 @@ def _upstream(upstream_T: Tensor | None, logits_TW: Tensor) -> Tensor:
 
 
 def _on_all_cores(work: Callable[[slice], None], logits_TW: Tensor) -> None:
-    """`work(rows)` for slices that cover the rows, one for each of torch's threads."""
+    """Call `work(rows)` for slices that cover the rows, one for each of torch's threads."""
     num_tokens, width = logits_TW.shape
     if num_tokens == 0:
         return

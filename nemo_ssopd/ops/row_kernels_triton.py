@@ -2,8 +2,8 @@
 
 A program owns one row and SPLIT_COLUMNS of its columns, so that few tokens still fill the GPU. It keeps its sums in
 registers; the splits of a row are then added in a fixed order, as shards are, so that every run gives the same bits.
-Memory traffic is all that counts here: each kernel reads each logit once, in 16-byte loads where rows are 16-byte
-aligned, and computes in fp32. Nothing of the logits' size is written but the gradient, which may go over the logits.
+Memory traffic is all that counts here: each kernel reads each logit once, in 16-byte loads when rows are 16-byte
+aligned, and computes in fp32. Only the gradient that is written has the logits' size, and it may go over the logits.
 
 T tokens, W columns of the vocabulary on this rank, N splits of a row. Logarithms are in base 2.
 """

@@ -1,4 +1,4 @@
-"""What the vocab-parallel operations share: the shards of a vocabulary, their collectives, and the kernel dispatch.
+"""Common parts of the vocab-parallel operations: shards of a vocabulary, their collectives, and kernel dispatch.
 
 T tokens, C tokens of one chunk, H hidden size, V vocabulary, W columns of V on this rank, N ranks.
 """
@@ -25,7 +25,10 @@ MIN_BYTES_FOR_HUGE_PAGES = 2**22  # two of them, so that at least one is whole
 
 
 def row_kernels(tensor: Tensor) -> ModuleType:
-    """The one dispatch point: Triton on CUDA, Numba on CPU. Imported when needed: a machine may lack one of them."""
+    """Return the kernels for a tensor's device: Triton on CUDA, Numba on CPU. This is the only dispatch point.
+
+    They are imported when needed: a machine may lack one of them.
+    """
     if tensor.device.type == "cuda":
         if tensor.dtype == torch.float64:
             raise TypeError("float64 is for checks on CPU: the CUDA kernels compute in float32")
@@ -38,7 +41,7 @@ def row_kernels(tensor: Tensor) -> ModuleType:
 
 
 class RowNorm(NamedTuple):
-    """What turns a row of logits into log-probabilities: `log2 p = logits * log2(e) - max - log_sum`.
+    """The normalization of a row of logits: `log2 p = logits * log2(e) - max - log_sum`.
 
     The two are kept apart, since kernels subtract in fp32: one number for both would lose the small one when logits are
     near 1e4. They are float64 here, or the KL of nearly equal models would consist of their rounding errors.
@@ -49,12 +52,12 @@ class RowNorm(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64, for gradient checks; everything else is computed in float32."""
+    """Return the type to compute in: float64 for float64, for gradient checks, and float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """Its argument, not written to yet, with Linux asked to back it by huge pages. Elsewhere it does nothing.
+    """Ask Linux to back a tensor, not written to yet, by huge pages; return it. Elsewhere, return it only.
 
     Memory as large as logits comes fresh from the system, which hands out a small page at each first write: on the
     machine of `docs/benchmarks.md` this takes as long as all the arithmetic on it.
@@ -68,18 +71,24 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
 
 
 def log2(tensor: Tensor) -> Tensor:
-    """Not through MKL as `torch.log2` goes: for even one number MKL wakes its own threads and spins until all have
-    met, which takes milliseconds when another process wants a core."""
+    """Return the base-2 logarithm without MKL, which `torch.log2` uses.
+
+    For even one number MKL wakes its own threads and spins until all have met. That takes milliseconds when another
+    process wants a core.
+    """
     return torch.xlogy(LOG2_E, tensor)
 
 
 def log2_p(logits_T: Tensor, norm: RowNorm) -> Tensor:
-    """Of one logit per row, in float64: the product with log2(e) must not be rounded before the max is subtracted."""
+    """Return log2 p of one logit per row.
+
+    In float64: the product with log2(e) must not be rounded before the max is subtracted.
+    """
     return logits_T.double() * LOG2_E - norm.max_T - norm.log_sum_T
 
 
 def merge_statistics(stats_NT3: Tensor) -> Tensor:
-    """`row_statistics` of N disjoint column ranges -> [T, 3] of their union, summed in the order given."""
+    """Merge `row_statistics` of N disjoint column ranges into [T, 3] of their union, summed in the order given."""
     max_NT, sum_NT, weighted_NT = stats_NT3.unbind(-1)
     max_T = max_NT.amax(dim=0)
     shift_NT = torch.where(sum_NT > 0, max_NT - max_T, 0.0)
@@ -91,7 +100,7 @@ def merge_statistics(stats_NT3: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """How to make logits from hidden states: `hidden @ weight.T / temperature`, a chunk of tokens at a time.
+    """A layer that makes logits from hidden states, `hidden @ weight.T / temperature`, a chunk of tokens at a time.
 
     Example: temperature 1.1, two ranks of 4 columns and a vocabulary of 7: on rank 1, shard is slice(4, 7).
     """
@@ -110,23 +119,23 @@ class OutputLayer:
             yield slice(start, min(start + self.chunk_tokens, num_tokens))
 
     def buffer(self, hidden_TH: Tensor) -> Tensor:
-        """Room for the logits of one chunk."""
+        """Return an uninitialized buffer for the logits of one chunk."""
         return in_huge_pages(hidden_TH.new_empty(min(self.chunk_tokens, hidden_TH.shape[0]), self.width))
 
     def logits(self, hidden_CH: Tensor, weight_WH: Tensor, buffer_CW: Tensor) -> Tensor:
-        """Over the buffer. The division by the temperature is the matrix product's own scale."""
+        """Write logits [C, W] over the buffer. The division by the temperature is the matrix product's own scale."""
         out_CW = buffer_CW[: hidden_CH.shape[0]]
         return torch.addmm(
             out_CW, hidden_CH, weight_WH[: self.width].t(), beta=0.0, alpha=1.0 / self.temperature, out=out_CW
         )
 
     def write_hidden_gradient(self, grad_logits_CW: Tensor, weight_WH: Tensor, out_CH: Tensor) -> None:
-        """This shard's part only: it still has to be summed over the group."""
+        """Write this shard's part only: it still has to be summed over the group."""
         torch.addmm(out_CH, grad_logits_CW, weight_WH[: self.width], beta=0.0, alpha=1.0 / self.temperature, out=out_CH)
 
 
 class LinearGradients:
-    """Sums the gradients of hidden states and weight over chunks, where the weight's is asked for too."""
+    """The gradients of hidden states and weight, summed over chunks, for when the weight's is also needed."""
 
     def __init__(self, layer: OutputLayer, hidden_TH: Tensor, weight_WH: Tensor, needs_hidden: bool):
         self.layer, self.hidden_TH, self.weight_WH = layer, hidden_TH, weight_WH
@@ -151,7 +160,7 @@ class LinearGradients:
 
 
 def scale_hidden_gradient(unit_grad_TH: Tensor, upstream_T: Tensor, layer: OutputLayer) -> Tensor:
-    """The gradient computed in the forward for an upstream gradient of 1, for the real one, summed over the group."""
+    """Scale the forward's gradient, made for an upstream gradient of 1, by the real one; sum it over the group."""
     grad_TH = torch.mul(unit_grad_TH, upstream_T.unsqueeze(1), out=torch.empty_like(unit_grad_TH))
     return sum_shards(grad_TH, layer.group)
 
@@ -165,7 +174,7 @@ def output_layer(
     chunk_tokens: int,
     vocab_size: int | None,
 ) -> OutputLayer:
-    """Checks what a caller can get wrong, and finds out which columns are this rank's."""
+    """Build the output layer: check what a caller can get wrong, and find out which columns are this rank's."""
     if hidden_TH.dim() != 2 or weight_WH.dim() != 2 or hidden_TH.shape[1] != weight_WH.shape[1]:
         raise ValueError(
             f"hidden must be [T, H] and weight [W, H], got {tuple(hidden_TH.shape)} and {tuple(weight_WH.shape)}; "
@@ -184,7 +193,7 @@ _SHARDS = WeakTensorKeyDictionary()
 
 
 def _shard_of(weight_WH: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> slice:
-    """`shard_columns` of a weight, exchanged once in its life: the exchange makes the host wait for the device.
+    """Return `shard_columns` of a weight, exchanged once in its life: the exchange makes the host wait for the device.
 
     All ranks hold a part of the same weight, so all of them exchange, or none does.
     """
@@ -196,7 +205,10 @@ def _shard_of(weight_WH: Tensor, vocab_size: int | None, group: dist.ProcessGrou
 
 
 def shard_columns(width: int, vocab_size: int | None, group: dist.ProcessGroup | None, device: torch.device) -> slice:
-    """Global vocabulary ids of this rank's columns, padding left out. Shards may differ in width: it is exchanged."""
+    """Return the global vocabulary ids of this rank's columns, without padding.
+
+    Shards may differ in width, so the ranks exchange it.
+    """
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size must be at least 1, got {vocab_size}; None means that no column is padding")
     widths_N = gather_shards(torch.tensor([width], device=device), group).flatten().tolist()
@@ -213,7 +225,7 @@ def has_whole_rows(group: dist.ProcessGroup | None) -> bool:
 
 
 def gather_shards(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[...] on each rank -> [N, ...] on all of them, in rank order, so that all ranks compute the same bits."""
+    """Gather [...] of each rank to [N, ...] on all of them, in rank order, so that all ranks compute the same bits."""
     if has_whole_rows(group):
         return tensor.unsqueeze(0)
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
@@ -222,19 +234,19 @@ def gather_shards(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def sum_shards(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All-reduce in place; returns its argument."""
+    """All-reduce in place; return the argument."""
     if not has_whole_rows(group):
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def with_unit_stride(logits_TW: Tensor) -> Tensor:
-    """Its argument, or a copy: the kernels walk along rows."""
+    """Return the argument, or a copy with contiguous rows: the kernels walk along rows."""
     return logits_TW if logits_TW.stride(1) == 1 else logits_TW.contiguous()
 
 
 def norm_and_entropy(stats_NT3: Tensor) -> tuple[RowNorm, Tensor]:
-    """`row_statistics` of all N shards -> what normalises the whole rows, and their entropy [T] in nats."""
+    """Turn `row_statistics` of all N shards into the norm of the whole rows, and their entropy [T] in nats."""
     max_T, sum_T, weighted_T = merge_statistics(stats_NT3).double().unbind(-1)
     log_sum_T = log2(sum_T)
     return RowNorm(max_T, log_sum_T), ((log_sum_T - weighted_T / sum_T) * LN_2).to(stats_NT3.dtype)
