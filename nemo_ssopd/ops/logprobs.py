@@ -31,7 +31,7 @@ from nemo_ssopd.ops.vocab_parallel import (
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
+    token_ids: Tensor,
     *,
     temperature: float,
     group: dist.ProcessGroup | None,
@@ -56,7 +56,7 @@ def linear_logprobs(
     logprobs_T, entropy_T = _LinearLogprobs.apply(
         hidden,
         weight,
-        targets - layer.shard.start,
+        token_ids - layer.shard.start,
         layer,
         torch.is_grad_enabled() and hidden.requires_grad,
         torch.is_grad_enabled() and weight.requires_grad,
@@ -75,7 +75,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden_TH: Tensor,
         weight_WH: Tensor,
-        targets_T: Tensor,
+        token_ids_T: Tensor,
         layer: OutputLayer,
         needs_hidden: bool,
         needs_weight: bool,
@@ -88,17 +88,17 @@ class _LinearLogprobs(torch.autograd.Function):
         buffer_CW = layer.buffer(hidden_TH)
         for rows in layer.chunks(num_tokens):
             logits_CW = layer.logits(hidden_TH[rows], weight_WH, buffer_CW)
-            stats_C4 = torch.cat([kernels.row_statistics(logits_CW), _logits_of(targets_T[rows], logits_CW)], dim=1)
+            stats_C4 = torch.cat([kernels.row_statistics(logits_CW), _logits_of(token_ids_T[rows], logits_CW)], dim=1)
             stats_NC4 = gather_shards(stats_C4, layer.group)
             norm, entropy_T[rows] = norm_and_entropy(stats_NC4[:, :, :3])
             max_T[rows], log_sum_T[rows] = norm
             logprobs_T[rows] = log2_p(stats_NC4[:, :, 3].amax(dim=0), norm) * LN_2
             if grad_hidden_TH is not None:
-                kernels.write_logprob_gradient(logits_CW, norm, targets_T[rows], None, logits_CW)
+                kernels.write_logprob_gradient(logits_CW, norm, token_ids_T[rows], None, logits_CW)
                 layer.write_hidden_gradient(logits_CW, weight_WH, grad_hidden_TH[rows])
         ctx.layer, ctx.needs_hidden, ctx.needs_weight = layer, needs_hidden, needs_weight
         if needs_weight:
-            ctx.save_for_backward(hidden_TH, weight_WH, targets_T, max_T, log_sum_T)
+            ctx.save_for_backward(hidden_TH, weight_WH, token_ids_T, max_T, log_sum_T)
         elif needs_hidden:
             ctx.save_for_backward(grad_hidden_TH)
         ctx.mark_non_differentiable(entropy_T)
@@ -110,23 +110,23 @@ class _LinearLogprobs(torch.autograd.Function):
         if not ctx.needs_weight:
             (unit_grad_TH,) = ctx.saved_tensors
             return scale_hidden_gradient(unit_grad_TH, upstream_T, ctx.layer), None, None, None, None, None
-        hidden_TH, weight_WH, targets_T, max_T, log_sum_T = ctx.saved_tensors
+        hidden_TH, weight_WH, token_ids_T, max_T, log_sum_T = ctx.saved_tensors
         kernels = row_kernels(hidden_TH)
         gradients = LinearGradients(ctx.layer, hidden_TH, weight_WH, ctx.needs_hidden)
         buffer_CW = ctx.layer.buffer(hidden_TH)
         for rows in ctx.layer.chunks(hidden_TH.shape[0]):
             logits_CW = ctx.layer.logits(hidden_TH[rows], weight_WH, buffer_CW)
             norm = RowNorm(max_T[rows], log_sum_T[rows])
-            kernels.write_logprob_gradient(logits_CW, norm, targets_T[rows], upstream_T[rows], logits_CW)
+            kernels.write_logprob_gradient(logits_CW, norm, token_ids_T[rows], upstream_T[rows], logits_CW)
             gradients.add(logits_CW, rows)
         return *gradients.finish(), None, None, None, None
 
 
-def _logits_of(targets_C: Tensor, logits_CW: Tensor) -> Tensor:
-    """Return the targets' logits, [C, 1]; -inf for one of another shard, so that the maximum over shards finds it."""
+def _logits_of(token_ids_C: Tensor, logits_CW: Tensor) -> Tensor:
+    """Return the logits of the token ids, [C, 1]; -inf for one of another shard, so that the maximum over shards finds it."""
     missing_C1 = logits_CW.new_full((logits_CW.shape[0], 1), -torch.inf, dtype=compute_dtype(logits_CW.dtype))
     if logits_CW.shape[1] == 0:
         return missing_C1
-    owned_C = (targets_C >= 0) & (targets_C < logits_CW.shape[1])
-    found_C1 = logits_CW.gather(1, targets_C.clamp(0, logits_CW.shape[1] - 1).unsqueeze(1))
+    owned_C = (token_ids_C >= 0) & (token_ids_C < logits_CW.shape[1])
+    found_C1 = logits_CW.gather(1, token_ids_C.clamp(0, logits_CW.shape[1] - 1).unsqueeze(1))
     return torch.where(owned_C.unsqueeze(1), found_C1.to(missing_C1.dtype), missing_C1)
