@@ -38,9 +38,9 @@ def linear_logprobs(
     chunk_tokens: int,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `log p(target)` and the entropy of `p = softmax(hidden W^T / temperature)`, both [T], nats, float32.
+    """Return `log p(token)` and the entropy of `p = softmax(hidden W^T / temperature)`, both [T], nats, float32.
 
-    Hidden states are [T, H], the weight this rank's [V/tp, H]. Targets [T] are global vocabulary ids; one that no shard
+    Hidden states are [T, H], the weight this rank's [V/tp, H]. Token ids [T] are global; one that no shard
     holds has log-probability -inf. The log-probabilities are differentiable in the hidden states (that gradient comes
     back summed over `group`) and in the weight (that gradient is this shard's own); the entropy is not. Columns from
     `vocab_size` on are padding and take no mass.
@@ -65,7 +65,7 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probs, with the gradient d log p(target) / d logit_v = [v == target] - p(v).
+    """Log-probs, with the gradient d log p(token) / d logit_v = [v == token] - p(v).
 
     `fused_output_loss` says where the gradient is computed.
     """
@@ -123,7 +123,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _logits_of(token_ids_C: Tensor, logits_CW: Tensor) -> Tensor:
-    """Return the logits of the token ids, [C, 1]; -inf for one of another shard, so that the maximum over shards finds it."""
+    """Return the logits of the token ids, [C, 1]; -inf where another shard holds them, so that a maximum finds them."""
     missing_C1 = logits_CW.new_full((logits_CW.shape[0], 1), -torch.inf, dtype=compute_dtype(logits_CW.dtype))
     if logits_CW.shape[1] == 0:
         return missing_C1
