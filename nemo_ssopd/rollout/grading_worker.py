@@ -137,7 +137,8 @@ def main(trainer_pid: str, memory_bytes: str, cpu_s: str, task: str, *arguments:
     try:
         loaded = TASKS[task](*arguments)
     except Exception as error:
-        write_message(replies, {"error": str(error) if type(error) is ValueError else repr(error)})
+        unnamed = f"{error!r}; check the installed packages and verifier.memory_gb"
+        write_message(replies, {"error": str(error) if type(error) is ValueError else unnamed})
     else:
         serve(requests, replies, int(trainer_pid), loaded, float(cpu_s))
     finally:

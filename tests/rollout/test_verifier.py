@@ -248,8 +248,10 @@ def test_a_killed_child_costs_no_answer_and_stop_signals_end_nothing() -> None:
 
 
 def _kill_children_of(worker: int, done: threading.Event) -> None:
+    """Kill twice at the most: an answer has three attempts, and on a busy machine one answer may see every kill."""
     killed = 0
-    while not done.wait(1.0) or not killed:
+    while killed < 2 and not (killed and done.is_set()):
+        done.wait(0.3)
         for pid in _descendants(worker):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
