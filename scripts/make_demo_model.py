@@ -40,10 +40,10 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token per character; unknown characters are errors. As in Qwen3, think marks are not
+    """Make a tokenizer with one token per character; unknown characters raise. As in Qwen3, think marks are not
     special tokens."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *THINK, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))  # not in the vocabulary, so that it raises
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))  # not in the vocabulary: raises
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in THINK])

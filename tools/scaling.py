@@ -138,7 +138,7 @@ def engine_seconds(lengths: Sequence[int], decode: Decoding) -> float:
             context += decode.prompt_tokens
         steps, requests = active[0][0] - step, len(active)
         seconds += steps * (decode.fixed + decode.per_request * requests + decode.per_context_token * context)
-        seconds += decode.per_context_token * requests * steps * (steps - 1) / 2  # each step adds one to each
+        seconds += decode.per_context_token * requests * steps * (steps - 1) / 2  # each step adds a token to each
         step += steps
         context += requests * steps
         while active and active[0][0] == step:
