@@ -134,7 +134,7 @@ def start(run: Run) -> int:
     log = os.open(run.folder / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
-    if config.parallel.world_size > 1:  # the training command starts the workers
+    if config.parallel.world_size > 1:  # its workers are started by the training command
         script = str(Path(__file__).with_name("train_ssopd.py"))
         os.execv(sys.executable, [sys.executable, script, "--config-name", run.config_name, *run.arguments])
     train_here(config)
