@@ -1,4 +1,4 @@
-"""Graded groups, or written solutions, to training examples. No pass through a model."""
+"""Turn graded groups or written solutions into training examples, without any pass through a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_ssopd.types import Prompt, RolloutGroup, TokenSequence, TrainExample
 def rollout_examples(
     groups: Sequence[RolloutGroup], config: Config, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> tuple[list[TrainExample], Metrics]:
-    """Return one example per completion, in order, and what was left out of the distillation.
+    """Return one example per completion, in order, and metrics that count what the distillation leaves out.
 
     `max_length` is the longest sequence that the teacher can read, in tokens.
     """
@@ -46,7 +46,7 @@ def rollout_examples(
 def sft_examples(
     solved: Sequence[Prompt | CorpusExample], data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[TrainExample]:
-    """Return one example per written solution; a token weighs 1 where it is a target and 0 where it is only read."""
+    """Return one example per written solution. Tokens to learn have weight 1, tokens that are only read weight 0."""
     examples = []
     for number, problem in enumerate(solved):
         tokens, is_target = render_sft(tokenizer, problem, data)

@@ -1,7 +1,7 @@
 """Metrics that own their reduction.
 
-A stage returns `Metrics`: keys `area/name`, and values that know how to join with the same metric of another
-micro-batch, stage or rank. Nobody averages averages, because an average stays a sum and a count until it is written.
+A stage returns `Metrics`: keys `area/name`, and values that can join the same metric of another micro-batch, stage or
+rank. Averages are never averaged: a mean stays a sum and a count until it is written.
 
 >>> micro_batches = [{"loss/entropy": Mean(2.0, 4)}, {"loss/entropy": Mean(0.5, 1)}]
 >>> merge(*micro_batches)["loss/entropy"].value()
@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 
 Number: TypeAlias = float | torch.Tensor
-"""A value on the host, or a scalar tensor that waits on the device until `fetch` brings it over."""
+"""A value on the host, or a scalar tensor on the device until `fetch` copies it to the host."""
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Adds up: counts, tokens."""
+    """A sum, such as a count of tokens."""
 
     total: Number
 
@@ -38,7 +38,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Mean:
-    """A ratio of two sums: `total` over `count` samples, tokens or whatever it is a mean of. Without any it is NaN.
+    """A mean: the sum `total` over `count` samples, tokens or other items. Without items it is NaN.
 
     >>> Mean(3.0, 4).join(Mean(1.0, 1)).value()
     0.8
@@ -56,7 +56,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Max:
-    """The largest; also for what all ranks hold alike, such as the gradient norm. NaN wins, so that it shows."""
+    """The largest value; also used for values that all ranks share, such as the gradient norm. NaN beats numbers."""
 
     x: Number
 
@@ -69,7 +69,7 @@ class Max:
 
 @dataclass(frozen=True)
 class Min:
-    """The smallest. NaN wins, so that it shows."""
+    """The smallest value. NaN beats numbers."""
 
     x: Number
 
@@ -83,7 +83,7 @@ class Min:
 @dataclass(frozen=True)
 class EffectiveShare:
     """(sum w)^2 / (n sum w^2) of n importance weights: the effective sample size as a share of n, 1 for equal weights
-    (Kong 1992, "A Note on Importance Sampling using Standardized Weights"). Without any it is NaN.
+    (Kong 1992, "A Note on Importance Sampling using Standardized Weights"). Without weights it is NaN.
 
     >>> EffectiveShare(1.0, 1.0, 1).join(EffectiveShare(2.0, 4.0, 1)).value()  # weights 1 and 2
     0.9
@@ -105,7 +105,10 @@ Metrics: TypeAlias = dict[str, Metric]
 
 
 def merge(*parts: Mapping[str, Metric]) -> Metrics:
-    """Joins the metrics of micro-batches, stages or ranks, key by key; not every part needs every key."""
+    """Join the metrics of micro-batches, stages or ranks, key by key; a part may lack keys.
+
+    ValueError when parts give a key different reductions, or for a key that is not area/name.
+    """
     merged: Metrics = {}
     for part in parts:
         for key, metric in part.items():
@@ -120,7 +123,7 @@ def merge(*parts: Mapping[str, Metric]) -> Metrics:
 
 
 def fetch(parts: Iterable[Mapping[str, Metric]]) -> list[Metrics]:
-    """Bring all values that wait on the device to the host, in one transfer, so that the device is waited for once.
+    """Copy all device values to the host in one transfer, so that the device is waited for only once.
 
     >>> fetch([{"loss/entropy": Mean(torch.tensor(2.0), 4)}, {"optim/lr": Max(0.1)}])
     [{'loss/entropy': Mean(total=2.0, count=4)}, {'optim/lr': Max(x=0.1)}]
@@ -137,7 +140,7 @@ def fetch(parts: Iterable[Mapping[str, Metric]]) -> list[Metrics]:
 
 
 def countable(reason: str) -> str:
-    """Return the part of a reason before its colon, as a name to count by: what follows may differ every time.
+    """Return the part of a reason before its colon, as a name to count by: the rest may differ every time.
 
     >>> countable("error: KeyError (rewards.py, line 3): 'tests'")
     'error'
@@ -152,10 +155,10 @@ def check_key(key: str) -> None:
 
 
 def reduce_across_ranks(metrics: Mapping[str, Metric], group: dist.ProcessGroup | None) -> Metrics:
-    """The metrics of all ranks of `group`, joined in rank order, on every rank; None is this process alone.
+    """Join the metrics of all ranks of `group`, in rank order, on every rank; None means this process alone.
 
-    Tensor-parallel peers hold the same numbers, which sums would count again: pass the data-parallel group, or empty
-    metrics from all peers but one. The objects travel on the CPU, so the group needs a gloo backend.
+    Tensor-parallel peers hold the same numbers, and a sum must count them once: pass the data-parallel group, or empty
+    metrics from all peers except one. The objects travel on the CPU, so the group needs a gloo backend.
     """
     if group is None:
         return merge(metrics)

@@ -1,4 +1,4 @@
-"""The parts that a run is made of, on one rank, and the state that they start in."""
+"""Build the parts of a run on one rank, and bring them into their starting state."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from nemo_ssopd.run.watchdog import Watch
 from nemo_ssopd.types import TokenSequence
 
 CHECKED_TOKENS = 16
-"""Of each completion of `check_refit`."""
+"""Most tokens of each completion in `check_refit`."""
 
 CACHE_SHARE = 0.8
-"""Share of the engine's memory without its weights that a cache of fixed size takes; the rest is left for what a step
-of the engine needs (ours; not measured)."""
+"""Share of the engine's memory, its weights subtracted, that a KV cache of fixed size takes. The rest is left for the
+workspace of an engine step (ours; not measured)."""
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a run is made of, on one rank. An SFT run without data.eval has no collector."""
+    """The parts of a run on one rank. An SFT run without data.eval has no collector."""
 
     config: Config
     hf: HFModelConfig
@@ -65,7 +65,7 @@ class Trainer:
 
 
 def build(config: Config, data: RunData, runtime: Runtime, watch: Watch) -> Trainer:
-    """Build the grader, whose errors are cheap; then the policy; then the engine, in what memory is left."""
+    """Build the grader first, since its errors are cheap; then the policy; then the engine, in the memory left."""
     samples = bool(data.train or data.eval)
     grader = build_grader(config) if samples and runtime.layout.tensor.rank == 0 else None
     is_sft = config.algorithm.name == Recipe.sft
@@ -120,7 +120,7 @@ def distillation(config: Config, hf: HFModelConfig, runtime: Runtime) -> Distill
 def build_collector(
     config: Config, data: RunData, runtime: Runtime, policy: MegatronPolicy, grader: Grader | None
 ) -> RolloutCollector:
-    """Build the engine of this rank; `grader` is that of the first rank of a tensor-parallel group."""
+    """Build this rank's engine and collector; `grader` is None except on the first rank of a tensor-parallel group."""
     rollout = config.rollout
     engine = RolloutEngine(
         config.model.path,
@@ -143,9 +143,9 @@ def build_collector(
 
 
 def fixed_cache(config: Config, runtime: Runtime, base_bytes: int) -> int:
-    """Return the bytes of the engine's KV cache on CUDA, from the config and the size of the card alone.
+    """Return the bytes of the engine's KV cache on CUDA, from the config and the size of the GPU alone.
 
-    `base_bytes` are this rank's shard of the base model. 0 lets vLLM take what is free.
+    `base_bytes` is the size of this rank's shard of the base model. 0 lets vLLM take what is free.
     """
     if not runtime.deterministic or runtime.device.type == "cpu":
         return 0
@@ -155,13 +155,13 @@ def fixed_cache(config: Config, runtime: Runtime, base_bytes: int) -> int:
 
 
 def longest_request(config: Config) -> int:
-    """Tokens that the engine has room for: prompt and completion."""
+    """Return the longest sequence of the engine, prompt plus completion, in tokens."""
     new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens if config.data.eval else 0)
     return config.rollout.max_prompt_tokens + new_tokens
 
 
 def sinks(config: Config, state: LoopState) -> list[Sink]:
-    """Where rank 0 writes metrics. What a cut-off run logged after `state` is dropped."""
+    """Return the destinations of rank 0's metrics. Lines that an interrupted run logged after `state` are dropped."""
     run_dir, first = Path(config.run_dir), state.step + 1 if state.step else 0
     chosen: list[Sink] = [
         JsonlSink(run_dir / "metrics.jsonl", first),
@@ -175,7 +175,7 @@ def sinks(config: Config, state: LoopState) -> list[Sink]:
 
 
 def resume_or_begin(trainer: Trainer) -> LoopState:
-    """The newest checkpoint, if asked for; the engine gets the policy's weights."""
+    """Load the newest checkpoint with trainer.resume, check the refit, and send the policy's weights to the engine."""
     config = trainer.config
     trainer.watch.enter("resume")
     state = load_checkpoint(trainer.policy, config) if config.trainer.resume else LoopState()
@@ -189,17 +189,18 @@ def resume_or_begin(trainer: Trainer) -> LoopState:
 
 
 def check_refit(trainer: Trainer, step: int) -> None:
-    """Refit the engine with a policy far from the real one, and see that its samples have that policy's log-probs.
+    """Refit the engine with a policy far from the real one, and check that its samples have that policy's log-probs.
 
-    All ranks call it, once; the trainer's weights are afterwards as before. UnhealthyRun on all ranks when an engine is
-    nearer to the real policy. Refits compare tensors, this the tokens that come of them: graphs, caches and kernels.
+    All ranks call this, once; it restores the trainer's weights. UnhealthyRun on all ranks when an engine is off by
+    half or more of the distance between the two policies. Every refit compares tensors; this also checks what the
+    engine computes with them: graphs, caches and kernels.
     """
     config, policy, collector = trainer.config, trainer.policy, trainer.collector
     prompt, count = (trainer.data.train or trainer.data.eval)[0].tokens, trainer.runtime.layout.tensor.size
     sampling = Sampling(config.rollout.temperature, min(config.rollout.max_new_tokens, CHECKED_TOKENS))
     with policy.changed():
         refit(policy, collector.engine, config, policy_version=step)
-        seeds = [[request_seed("refit", index)] for index in range(count)]  # a prompt for every engine of the group
+        seeds = [[request_seed("refit", index)] for index in range(count)]  # one prompt for each engine of the group
         groups = collector.generate([prompt] * count, seeds=seeds, sampling=sampling)
         sequences = [TokenSequence(prompt + completion.tokens, len(prompt)) for [completion] in groups]
         changed = torch.cat(policy.logprobs(sequences)).cpu()

@@ -1,7 +1,7 @@
-"""The teacher: what it reads for each distilled completion, and its pass.
+"""The teacher: the context that it reads for each distilled completion, and its forward pass.
 
 The teacher reads a prompt with a witness and then a completion's first K tokens. Its next-token distributions are the
-targets of the student, which reads the same tokens behind its own prompt (paper eqs. 5, 8, 10 to 12).
+targets of the student, which reads the same tokens after its own prompt (paper eqs. 5, 8, 10 to 12).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_ssopd.evaluation.samples import Sample
 from nemo_ssopd.metrics import Metrics, Sum
 from nemo_ssopd.types import RenderedPrompt, RolloutGroup, TeacherContext, TokenSequence, TrainExample
 
-if TYPE_CHECKING:  # nothing else here needs Megatron-Core
+if TYPE_CHECKING:  # Megatron-Core is needed for the annotation only
     from nemo_ssopd.megatron.policy import MegatronPolicy
 
 
@@ -83,7 +83,7 @@ def teacher_contexts(
 def _teacher_prompts(
     group: RolloutGroup, witness: str | None, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Return the prompt tokens of the teacher and of the contrast teacher, None where there is nothing to read."""
+    """Return the prompt tokens of the teacher and of the contrast teacher; None for one that has nothing to read."""
     algorithm = config.algorithm
     wrong = _wrong_attempt(group, algorithm) if algorithm.contrast > 0 else None
     contrast = None if wrong is None else render_teacher(tokenizer, group.prompt, wrong, config.data)
@@ -93,7 +93,7 @@ def _teacher_prompts(
 
 
 def distilled(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[int]:
-    """Which completions of the group are distilled; with distilled=every all, otherwise none of a uniform group's."""
+    """Return the indices of the completions to distill: all with distilled=every, otherwise none in a uniform group."""
     correct, wrong = split(group.rewards, group.threshold)
     if algorithm.distilled == "every":
         return sorted(correct + wrong)
@@ -103,9 +103,9 @@ def distilled(group: RolloutGroup, algorithm: AlgorithmConfig) -> list[int]:
 
 
 def witness_texts(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> list[str | None]:
-    """What the teacher reads beside each group's problem; None where there is nothing to read.
+    """Return the text that the teacher reads in addition to each group's problem; None where there is none.
 
-    A shuffled witness is that of the next group with a correct completion, another prompt's.
+    A shuffled witness comes from the next group that has another prompt and a correct completion.
     """
     if algorithm.witness == "solution":
         return [group.prompt.solution for group in groups]
@@ -129,10 +129,10 @@ def held_out_teacher_prompts(
     *,
     max_length: int,
 ) -> list[RenderedPrompt]:
-    """What the teacher reads before it answers held-out problems itself, for those that the policy solves in part.
+    """Return the prompts from which the teacher answers held-out problems, for those that the policy solves in part.
 
-    As in training, but for own witnesses by mean log-prob, which samples do not have: there the shortest is read.
-    Problems without a witness, and prompts over `max_length` tokens, are left out.
+    Witnesses are chosen as in training, except that samples have no log-probs: instead of max_logprob or min_logprob
+    the shortest is read. Problems without a witness, and prompts of `max_length` tokens or more, are left out.
     """
     longest, threshold = config.algorithm.correct_selector == "longest", config.reward.threshold
     witness: dict[str, str] = {}

@@ -1,8 +1,8 @@
-"""The training run: set-up, one step, the loop. The one file that knows every stage.
+"""The training run: one step, the loop, start and end. The only file that knows every stage.
 
     generate -> verify -> groups and advantages -> teacher pass -> optimizer step -> refit -> log
 
-Every rank runs the same code. A tensor-parallel group works on the same prompts; data-parallel ranks on others.
+Every rank runs the same code. A tensor-parallel group works on the same prompts; each data-parallel rank has its own.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def sft_step(trainer: Trainer, step: int) -> Metrics:
 
 
 def local_share(trainer: Trainer, examples: Sequence[Example], step: int, attempt: int = 0) -> list[Example]:
-    """This data-parallel rank's share of the step's examples; later attempts go through them in another order."""
+    """Return this data-parallel rank's share of the step's examples; attempts after the first use another order."""
     order, place = trainer.order, step
     if attempt:
         order = replace(order, seed=-1 - order.seed)
@@ -101,7 +101,7 @@ def local_share(trainer: Trainer, examples: Sequence[Example], step: int, attemp
 
 
 def sample_groups(trainer: Trainer, step: int, timer: StageTimer) -> list[RolloutGroup]:
-    """This rank's graded groups. With refills, other prompts follow until enough groups are not uniform."""
+    """Return this rank's graded groups. With refills, sample more prompts until enough groups are not uniform."""
     sampled: list[RolloutGroup] = []
     for attempt in range(1 + trainer.config.algorithm.refills):
         missing = trainer.prompts_per_rank - sum(not is_uniform(group) for group in sampled)
@@ -117,7 +117,7 @@ def sample_groups(trainer: Trainer, step: int, timer: StageTimer) -> list[Rollou
 def sample_completions(
     trainer: Trainer, step: int, attempt: int, count: int
 ) -> list[tuple[RenderedPrompt, list[Completion]]]:
-    """G completions for each of `count` prompts, by the current policy."""
+    """Sample G completions for each of `count` prompts from the current policy."""
     config, G = trainer.config, trainer.config.rollout.group_size
     prompts = local_share(trainer, trainer.data.train, step, attempt)[:count]
     seed, use = config.trainer.seed, f"refill {attempt}" if attempt else "train"
@@ -131,7 +131,7 @@ def sample_completions(
 
 
 def grade_groups(trainer: Trainer, sampled: list[tuple[RenderedPrompt, list[Completion]]]) -> list[RolloutGroup]:
-    """Every completion with its reward."""
+    """Grade all completions in one call; return them as groups, one per prompt."""
     completions = [completion for _, group in sampled for completion in group]
     problems = [prompt.prompt for prompt, group in sampled for _ in group]
     verdicts = iter(trainer.collector.grade(completions, problems))
@@ -151,9 +151,9 @@ def split_evenly(groups: Sequence[RolloutGroup], parts: int) -> list[Sequence[Ro
 
 
 def score(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[TrainExample], Metrics]:
-    """Make the examples of one optimizer step, with the log-probs that must be scored before the step's first update.
+    """Make the examples of one optimizer step, with the log-probs that must be computed before the first update.
 
-    On the first update the policy is still the one that sampled: its own log-probs, detached, are the old ones.
+    With one update per step, the policy is still the one that sampled: its own log-probs, detached, are the old ones.
     """
     config, policy = trainer.config, trainer.policy
     examples, metrics = rollout_examples(
@@ -171,7 +171,7 @@ def score(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[TrainE
 
 
 def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> None:
-    """Every completion and its verdict, to run_dir/rollouts/, one file for each step and data-parallel rank."""
+    """Write every completion and its verdict to run_dir/rollouts/, one file per step and data-parallel rank."""
     if not trainer.config.logging.save_rollouts or trainer.runtime.layout.tensor.rank != 0:
         return
     lines = [
@@ -201,8 +201,10 @@ def write_rollouts(trainer: Trainer, step: int, groups: list[RolloutGroup]) -> N
 
 
 def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, budget: TimeBudget, state: LoopState) -> LoopState:
-    """Steps until trainer.max_steps, or until all ranks agree to stop. Logged steps count completed ones; what comes
-    back is saved. Evaluations and checkpoints come on the way."""
+    """Take steps until trainer.max_steps, or until all ranks agree to stop; evaluate and save in between.
+
+    Return the last state, which is saved. Logged step numbers count completed steps.
+    """
     config, last = trainer.config.trainer, trainer.config.trainer.max_steps
     first = saved = state.step
     take_step = sft_step if trainer.config.algorithm.name == "sft" else train_step
@@ -239,7 +241,7 @@ def run(trainer: Trainer, logger: Logger, saver: CheckpointSaver, budget: TimeBu
 
 
 def reduce_over_data_parallel(trainer: Trainer, metrics: Metrics) -> Metrics:
-    """Every rank gets all data-parallel ranks' metrics; tensor-parallel peers hold the same, and count once."""
+    """Join the metrics of all data-parallel ranks, on every rank; tensor-parallel peers hold the same: one counts."""
     own = metrics if trainer.runtime.layout.tensor.rank == 0 else {}
     return reduce_across_ranks(own, trainer.runtime.cpu_group)
 
@@ -256,12 +258,12 @@ def progress_metrics(metrics: Metrics, state: LoopState) -> Metrics:
 
 
 def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
-    """Avg@n on the held-out problems; every completion goes to run_dir/eval/. Without data.eval, nothing."""
+    """Measure Avg@n on the held-out problems and write every completion to run_dir/eval/; empty without data.eval."""
     if not trainer.data.eval:
         return {}
     timer = StageTimer(trainer.watch.enter)
     with timer.stage("eval"):
-        if trainer.collector.engine.policy_version != step:  # an SFT run refits the engine only here
+        if trainer.collector.engine.policy_version != step:  # SFT steps do not refit the engine
             refit(trainer.policy, trainer.collector.engine, trainer.config, policy_version=step)
         samples = held_out_samples(trainer, trainer.data.eval, trainer.config.evaluation)
         teacher = evaluate_teacher(trainer, samples, step=step)
@@ -272,7 +274,7 @@ def evaluate_policy(trainer: Trainer, *, step: int) -> Metrics:
 
 
 def evaluate_teacher(trainer: Trainer, samples: Sequence[Sample], *, step: int) -> Metrics:
-    """How often the teacher answers right, given the witness, where the policy's `samples` of a problem are mixed."""
+    """Measure how often the teacher, given the witness, solves problems on which the policy's `samples` are mixed."""
     config, engine = trainer.config, trainer.collector.engine
     if config.algorithm.name == "sft" or not config.trainer.teacher_samples:
         return {}
@@ -293,7 +295,7 @@ def evaluate_teacher(trainer: Trainer, samples: Sequence[Sample], *, step: int) 
 
 
 def held_out_samples(trainer: Trainer, prompts: Sequence[RenderedPrompt], evaluation: EvaluationConfig) -> list[Sample]:
-    """All graded completions, on every rank, by the weights in the engine."""
+    """Sample and grade completions with the weights in the engine; return all of them on every rank."""
     runtime = trainer.runtime
     [samples] = evaluate(
         trainer.collector,
@@ -310,7 +312,10 @@ def held_out_samples(trainer: Trainer, prompts: Sequence[RenderedPrompt], evalua
 
 
 def train(config: Config) -> int:
-    """A whole run on this rank; the exit code. An error ends the process, with one line from one of the ranks."""
+    """Run the whole training on this rank and return the exit code.
+
+    An error ends the process; only one rank prints it, in one line.
+    """
     budget = TimeBudget(config.trainer.time_budget_minutes)
     data = load_data(config)
     runtime = initialize(config.parallel, seed=config.trainer.seed, deterministic=config.trainer.deterministic)
@@ -324,7 +329,7 @@ def train(config: Config) -> int:
         watch.enter("build")
         trainer = build(config, data, runtime, watch)
         state = resume_or_begin(trainer)
-        note_stop_requests()  # again: what was imported since may have its own ideas
+        note_stop_requests()  # again: modules imported since then may have set their own handlers
         with (
             Logger(sinks(config, state) if runtime.is_main else []) as logger,
             CheckpointSaver(trainer.policy, config) as saver,
@@ -338,7 +343,7 @@ def train(config: Config) -> int:
 
 
 def finish(trainer: Trainer) -> None:
-    """Export and report of a run that took its last step."""
+    """Export the model and write the report after the last step."""
     config, runtime, run_dir = trainer.config, trainer.runtime, Path(trainer.config.run_dir)
     if config.trainer.export:
         trainer.watch.enter("export")
@@ -360,8 +365,11 @@ def finish(trainer: Trainer) -> None:
 
 
 def leave_together(trainer: Trainer) -> NoReturn:
-    """End a run that was asked to stop, at once: whoever asked may not wait. And together: when one rank leaves with
-    this code, srun ends the others. Grading processes see the pipe close."""
+    """Exit immediately on all ranks, with EXIT_STOPPED.
+
+    Synchronize first: srun kills the others once one rank has exited with this code. Grading processes end by
+    themselves, when their pipe closes.
+    """
     dist.barrier(group=trainer.runtime.cpu_group)
     trainer.watch.leave()
     sys.stdout.flush()

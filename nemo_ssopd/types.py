@@ -1,7 +1,7 @@
-"""The frozen records that the stages of one training step hand to each other.
+"""Frozen records that the stages of a training step pass on.
 
-Tensor names end in shape letters: S the tokens of a micro-batch, its sequences laid end to end, T the completion tokens
-among them, K prefix positions, H hidden size, V vocabulary, W a rank's shard of V.
+Tensor names end in shape letters: S tokens of a micro-batch, its sequences laid end to end, T completion tokens among
+them, K prefix positions, H hidden size, V vocabulary, W a rank's shard of V.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. `solution` is a written-out reference solution, used by the SFT and OPSD recipes only.
+    """A problem. `solution` is a written-out reference solution, used by the SFT and OPSD recipes only.
 
-    `columns` is the dataset's row as JSON text, kept where the user's reward function reads it. `answer` may be empty
-    there, and nowhere else.
+    `columns` is the dataset's row as JSON text, kept only when the run has a reward function, which reads it. Only then
+    may `answer` be empty.
 
     >>> Prompt(id="train-7", problem="6*3 8*6", answer="88", solution="<think>6*3=18 8*6=48</think>\\\\boxed{88}")
     """
@@ -31,7 +31,7 @@ class Prompt:
 
     @property
     def row(self) -> dict[str, Any]:
-        """Return the columns, with `id`, `problem`, `answer` and `solution` as here, unless they are empty here.
+        """Return the columns plus `id`, `problem`, `answer` and `solution`, which replace columns unless empty.
 
         >>> Prompt("train-7", "6*3", "8", columns='{"question": "6*3", "answer": 8, "level": 2}').row
         {'id': 'train-7', 'problem': '6*3', 'answer': '8', 'solution': None, 'question': '6*3', 'level': 2}
@@ -53,9 +53,9 @@ class RenderedPrompt:
 
 @dataclass(frozen=True)
 class SentTensor:
-    """What is kept of a tensor that went to the engine, to compare it with what the engine holds.
+    """A sample of a tensor that was sent to the engine, for comparison with what the engine holds.
 
-    Of a matrix these are columns `first`, `first` + `step` and so on; of a vector, all of it.
+    For a matrix it holds columns `first`, `first` + `step` and so on; for a vector, all values.
 
     >>> SentTensor(name="model.layers.0.mlp.up_proj.weight", shape=(512, 1024), first=5, step=64, values=columns)
     """
@@ -67,7 +67,7 @@ class SentTensor:
     values: torch.Tensor
 
     is_vocabulary: bool = False
-    """It has a row for each token: of the embedding, or of the output layer."""
+    """True for the embedding and the output layer, which have a row for each token."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine returned for one request.
+    """A completion as the engine returned it.
 
-    `logprobs` are the sampler's own, at the sampling temperature, one per token; `finish_reason` is "stop"
+    `logprobs` are those of the sampler, at the sampling temperature, one per token; `finish_reason` is "stop"
     when the model ended its turn (the stop token is then the last of `tokens`) and "length" at the limit.
 
     >>> Completion(tokens=(9, 2), logprobs=(-0.1, -0.02), text="88", finish_reason="stop", policy_version=3)
@@ -116,7 +116,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion of a training prompt, graded. `answer` is the text of its last box, None without one.
+    """A graded completion of a training prompt. `answer` is the text of its last box, or None.
 
     >>> Rollout(TokenSequence((1, 5, 9, 2), 2), completion, reward=1.0, reason="correct", answer="88")
     """
@@ -139,7 +139,7 @@ class RolloutGroup:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     threshold: float = 0.5
-    """A completion is correct when its reward is over this."""
+    """Reward above which a completion is correct."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -147,13 +147,13 @@ class RolloutGroup:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Completion lengths in tokens."""
+        """Return the completion lengths, in tokens."""
         return tuple(rollout.sequence.completion_length for rollout in self.rollouts)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Indices inside one group: the witness `y+` and the attempt to repair `y-`.
+    """Indices of two completions of a group: the witness `y+`, and `y-`, the attempt to correct.
 
     >>> Pair(correct=2, wrong=0)
     """
@@ -164,7 +164,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """Say what the teacher reads to correct one completion, and what its loss weighs.
+    """The text that the teacher reads to correct one completion, and the weight of that completion's loss.
 
     `sequence` is the teacher's prompt followed by the completion's first K tokens. `contrast` is the same for a second
     teacher, whose loss is subtracted.
@@ -179,9 +179,9 @@ class TeacherContext:
 
 @dataclass(frozen=True)
 class TrainExample:
-    """One sequence to train on, with everything that the losses need to know of it.
+    """A sequence to train on, with everything that the losses need to know about it.
 
-    A rank's examples form one list, which scoring, the teacher's pass, packing and the update all take. An example
+    A rank's examples form one list, the input of scoring, the teacher's pass, packing and the update. An example
     does not depend on its place in that list.
 
     >>> TrainExample(TokenSequence((1, 5, 9, 2), 2), token_weights=(1.0, 1.0), group=0, advantage=0.5)
@@ -189,24 +189,24 @@ class TrainExample:
 
     sequence: TokenSequence
     token_weights: tuple[float, ...]
-    """One per completion token: 0 leaves the token out of the token loss and of its denominator."""
+    """One weight per completion token; 0 leaves the token out of the token loss and of its denominator."""
     group: int
-    """A label that the completions of one prompt share."""
+    """Label shared by the completions of one prompt."""
     advantage: float = 0.0
     sampler_logprobs: tuple[float, ...] | None = None
-    """The engine's own, one per completion token."""
+    """Log-probs from the engine, one per completion token."""
     teacher: TeacherContext | None = None
-    """None where nothing is distilled into this completion."""
+    """None if this completion is not distilled."""
 
-    # Results of passes of the model, without gradients; None before the pass, or where the recipe needs none.
+    # Results of model passes without gradients; None before the pass, or if the recipe does not need it.
     old_logprobs: torch.Tensor | None = None
-    """[completion length], of the policy that sampled. None means that it has not moved since."""
+    """[completion length], log-probs under the policy that sampled. None means that it has not changed since."""
     reference_logprobs: torch.Tensor | None = None
-    """[completion length], of the initial policy."""
+    """[completion length], log-probs under the initial policy."""
     teacher_states: torch.Tensor | None = None
     """[K, H], the teacher's final hidden states that predict the first K completion tokens."""
     contrast_states: torch.Tensor | None = None
-    """[K, H], the contrast teacher's."""
+    """[K, H], those of the contrast teacher."""
 
     def __post_init__(self) -> None:
         assert len(self.token_weights) == self.sequence.completion_length, (len(self.token_weights), self.sequence)
@@ -214,10 +214,10 @@ class TrainExample:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: sequences laid end to end, and so are their completion tokens.
+    """A micro-batch: sequences laid end to end, and their completion tokens laid end to end.
 
     Sequence `rows[b]` of the list that was packed owns S-range bounds[b] : bounds[b + 1] and T-range
-    offsets[b] : offsets[b + 1]. Padding behind the last one has bounds of its own and no offsets. `starts` holds the
+    offsets[b] : offsets[b + 1]. Padding after the last one has its own bounds and no offsets. `starts` holds the
     bounds on the device, int32. Completion token t is `token_ids_T[t]`; position `index_T[t]` of the hidden states
     [S, H] predicts it.
 

@@ -1,7 +1,7 @@
-"""Known vulnerabilities of a lock file, by pip-audit: python scripts/audit.py requirements/cpu.txt
+"""Ask pip-audit for known vulnerabilities of a lock file: python scripts/audit.py requirements/cpu.txt
 
-Exit code 1 when there are any. Where pip-audit's data cannot be reached it calls every package fine; this says that
-nothing was audited, and asks about one package only.
+Exit code 1 when there are any. When pip-audit cannot reach its data, it reports no vulnerability; this script then says
+that nothing was audited. It finds out with one package first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(lock: Path) -> int:
 
 
 def audited(lines: list[str]) -> list[dict[str, Any]]:
-    """What pip-audit knows of these packages; it leaves out what it could not look up."""
+    """Return pip-audit's answer about these packages; it leaves out packages that it could not look up."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(lines))
         file.flush()

@@ -1,4 +1,4 @@
-"""One table of several evaluations: python scripts/eval_table.py RUN_DIR [RUN_DIR ...] [--output DIR]"""
+"""Write one table of several evaluations: python scripts/eval_table.py RUN_DIR [RUN_DIR ...] [--output DIR]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""See nemo_ssopd/convert/launch.py, or call it with --help."""
+"""Export a checkpoint to Hugging Face format: see nemo_ssopd/convert/launch.py, or run with --help."""
 
 from nemo_ssopd.convert.launch import export_main
 

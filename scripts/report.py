@@ -1,4 +1,4 @@
-"""Draws the report of one or more runs: python scripts/report.py RUN_DIR [RUN_DIR ...]"""
+"""Draw the report of one or more runs: python scripts/report.py RUN_DIR [RUN_DIR ...]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step time from 8 to 1024 GPUs, on paper: python scripts/scaling.py     # writes docs/scaling.md and its plot
+"""Predict the step time on 8 to 1024 GPUs: python scripts/scaling.py      # writes docs/scaling.md and its plot
 
     python scripts/scaling.py --set length_median=4000 update_efficiency=0.42 decode_fixed_s=0.009     # measured rates
 
@@ -53,7 +53,7 @@ COLORS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One config's steps over GPUS: with the shipped prompts per GPU (weak), and with a fixed batch (strong)."""
+    """Steps of one config over GPUS: with the shipped prompts per GPU (weak), and with a fixed batch (strong)."""
 
     name: str
     weak: list[Step]
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def rates_with(settings: list[str]) -> Rates:
-    """The assumptions, with NAME=VALUE replaced; ValueError for a name that is none."""
+    """Return the assumed rates with NAME=VALUE replaced; ValueError for an unknown name."""
     known = {field.name for field in fields(Rates)}
     changes: dict[str, float] = {}
     for setting in settings:
@@ -115,12 +115,12 @@ def curve(name: str, rates: Rates) -> Curve:
 
 
 def trials(gpus: int) -> int:
-    """Draws of the lengths: the maximum over few ranks varies more."""
+    """Return how many draws of the lengths to average: more on few ranks, where the maximum varies more."""
     return max(4, 256 // gpus)
 
 
 def mean(draws: list[Step]) -> Step:
-    """Of several draws of the lengths."""
+    """Return the mean of several draws of the lengths."""
 
     def average(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -158,7 +158,7 @@ def _cells(step: Step, gpus: int) -> str:
 
 
 def what_if_table(rates: Rates) -> str:
-    """What a change of the config does, and what two changes of the design would."""
+    """Return a table of the effect of config changes and of two design changes."""
     name, gpus = CONFIGS[-1], 64
     lines = [
         f"\n### What would change it (`{name}`, {gpus} GPUs)\n",
@@ -183,7 +183,7 @@ def what_if_table(rates: Rates) -> str:
 
 
 def lengths_table(rates: Rates) -> str:
-    """What the distribution does to the rollout stage: the same median, other spreads."""
+    """Return a table of the rollout stage for several spreads of the lengths, at the same median."""
     name, gpus = CONFIGS[-1], 64
     lines = [
         f"\n### The longest completion (`{name}`, {gpus} GPUs)\n",
@@ -200,7 +200,7 @@ def lengths_table(rates: Rates) -> str:
 
 
 def _drawn(name: str, overrides: list[str], gpus: int, rates: Rates) -> Step:
-    """With as many prompts for each GPU as the config has."""
+    """Return the mean step, with as many prompts for each GPU as the config has."""
     config, hf = load(name, overrides)
     prompts, rng = _sequences(name, overrides, gpus) // config.rollout.group_size, np.random.default_rng(1)
     return mean([simulate(config, hf, gpus=gpus, prompts=prompts, rates=rates, rng=rng) for _ in range(trials(gpus))])

@@ -1,12 +1,12 @@
-"""Runs every combination of a sweep's axes and seeds on this machine, each once, and goes on where it was stopped.
+"""Run every combination of a sweep's axes and seeds once on this machine; rerunning continues a stopped sweep.
 
     python scripts/sweep.py benchmarks/sweeps/products.yaml --workers 2
     python scripts/sweep.py benchmarks/sweeps/products.yaml --seeds 1 2      # fewer seeds than the file has
     python scripts/sweep.py benchmarks/sweeps/products.yaml --list           # what is done and what is not
 
 A run's folder is run_dir/LEVEL/.../seed_N, one level of each axis in the file's order. A finished run has finished.json
-and is never run again; a run that was cut off continues from its newest checkpoint, or from the start. Runs of one
-process are forked from this one, which has imported everything: start-up is paid once.
+and is never run again. An interrupted run continues from its newest checkpoint, or from the start. Runs of one
+process are forked from this process, which has imported everything: start-up is paid once.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ Axes = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep's file says.
+    """The contents of a sweep file.
 
     >>> Sweep("recipes_cpu", "runs/products", [1, 2], {"recipe": {"grpo": ["algorithm=grpo"], "ssopd": []}})
     """
 
     config: str
-    """conf/NAME.yaml that every run starts from."""
+    """NAME of the file conf/NAME.yaml that every run starts from."""
     run_dir: str
     seeds: list[int]
-    """trainer.seed: the order of prompts, and the sampling."""
+    """Values of trainer.seed, which decides the order of prompts and the sampling."""
     axes: Axes
-    """For each axis its levels, for each level the overrides that it stands for."""
+    """Axis -> level -> the overrides that the level stands for."""
     overrides: list[str] = field(default_factory=list)
     """Overrides of every run."""
 
@@ -72,12 +72,12 @@ class Run:
         return [*self.overrides, f"run_dir={self.folder}", "trainer.resume=true"]
 
     def config(self) -> Config:
-        """Composed and checked: ValueError for what cannot work."""
+        """Return the composed and checked config; ValueError if it cannot work."""
         return from_hydra(compose_run(self.config_name, self.arguments))
 
 
 def read_sweep(path: Path) -> Sweep:
-    """ValueError for a file that is no sweep."""
+    """Read a sweep file; ValueError if it is not one."""
     try:
         values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
         sweep = Sweep(**values)
@@ -89,7 +89,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def runs_of(sweep: Sweep) -> Iterator[Run]:
-    """Seeds outermost: a sweep that is stopped early has the same seeds of every arm, but for the last."""
+    """Yield the runs, seeds outermost: a sweep that stops early has all arms for every seed except the last."""
     for seed in sweep.seeds:
         for combination in itertools.product(*(axis.items() for axis in sweep.axes.values())):
             names = [str(name) for name, _ in combination]  # YAML reads 1e-4 as a number
@@ -104,7 +104,7 @@ def runs_of(sweep: Sweep) -> Iterator[Run]:
 
 
 def run_all(runs: list[Run], *, workers: int) -> list[Run]:
-    """Starts the runs in order, `workers` at a time. Returns those that failed."""
+    """Run all runs in order, `workers` at a time. Return those that failed."""
     import nemo_ssopd.train  # noqa: F401, PLC0415 -- once, here, for all the runs that are forked from this process
 
     waiting, failed = list(reversed(runs)), []
@@ -126,7 +126,7 @@ def run_all(runs: list[Run], *, workers: int) -> list[Run]:
 
 
 def start(run: Run) -> int:
-    """Forks the run and returns its process id; its console goes to FOLDER/console.log."""
+    """Fork the run and return its process id; its console output goes to FOLDER/console.log."""
     config = run.config()
     run.folder.mkdir(parents=True, exist_ok=True)
     if process := os.fork():
@@ -142,7 +142,7 @@ def start(run: Run) -> int:
 
 
 def train_here(config: Config) -> None:
-    """The run in this process, as the only rank of its group."""
+    """Train in this process, as the only rank of its group."""
     from nemo_ssopd.train import train  # noqa: PLC0415 -- imported already, see run_all
 
     with socket.socket() as free:
@@ -154,7 +154,7 @@ def train_here(config: Config) -> None:
 
 
 def write_record(run: Run, *, seconds: float, cpu_seconds: float) -> None:
-    """finished.json: what the run was, and what it cost. It is the last thing that a run gets."""
+    """Write finished.json, the last file of a run: its levels and overrides, and its time."""
     cost = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
     record = {"levels": run.levels, "seed": run.seed, "config": run.config_name, "overrides": run.overrides} | cost
     temporary = run.folder / "finished.json.tmp"
@@ -163,7 +163,10 @@ def write_record(run: Run, *, seconds: float, cpu_seconds: float) -> None:
 
 
 def lock(folder: Path) -> None:
-    """One sweep at a time in a folder. Runs inherit the lock, so those that outlive a killed sweep are waited for."""
+    """Lock a folder against other sweeps; ValueError if it is in use.
+
+    Runs inherit the lock, so a killed sweep's folder stays locked until its last runs have ended.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
     os.set_inheritable(file, True)

@@ -1,1 +1,1 @@
-"""The memory plan and the scaling model: on paper, from configs. Not part of the package that trains."""
+"""Memory plan and scaling model, computed from configs alone. Not part of the package that trains."""

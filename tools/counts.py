@@ -1,10 +1,10 @@
-"""Elements on one rank, counted in the model that training builds: on the meta device, where tensors have no memory.
+"""Count the elements on one rank in the model that training builds, on the meta device, where tensors have no memory.
 
     parameters(hf, tensor=2)        # of the base model
     adapters(hf, tensor=2, rank=64)
 
-Megatron-Core builds one rank's shard, so it needs the other ranks: the groups here are torch's fake ones, in which
-nobody else exists and nothing is sent. They are the process's only groups while a model is built.
+Megatron-Core needs process groups to build one rank's shard. The groups here are torch's fake ones: the other ranks do
+not exist, and nothing is sent. They are the only groups of the process while a model is built.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from nemo_ssopd.models.family import HFModelConfig
 
 @cache
 def parameters(hf: HFModelConfig, tensor: int) -> int:
-    """Elements of the base model on one of `tensor` ranks."""
+    """Return the number of elements of the base model on one of `tensor` ranks."""
     return sum(parameter.numel() for parameter in _build(hf, tensor).parameters())
 
 
 @cache
 def adapters(hf: HFModelConfig, tensor: int, rank: int) -> int:
-    """Elements of adapters of rank `rank` on one of `tensor` ranks."""
+    """Return the number of elements of adapters of rank `rank` on one of `tensor` ranks."""
     model = _build(hf, tensor, LoraConfig(rank=rank))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -52,7 +52,7 @@ def _build(hf: HFModelConfig, tensor: int, lora: LoraConfig | None = None) -> GP
 
 @contextmanager
 def _first_of(tensor: int) -> Iterator[Runtime]:
-    """The first of `tensor` tensor-parallel ranks, of which the others do not exist."""
+    """Yield the runtime of the first of `tensor` tensor-parallel ranks; the others do not exist."""
     assert not dist.is_initialized(), "plan before the process joins its groups"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor)
     try:

@@ -1,13 +1,13 @@
-"""Seconds of one training step on many GPUs, on paper: a simulation of rollouts and an arithmetic of everything else.
+"""Predict the seconds of a training step on many GPUs: rollouts are simulated, everything else is calculated.
 
     step = simulate(config, hf, gpus=512, prompts=2048, rates=Rates(), rng=np.random.default_rng(0))
     step.stages["rollout"], step.seconds
 
 Nothing here was measured on a GPU. `Hardware` holds public specifications; `Rates` holds assumptions, each of which
-`scripts/scaling.py --set NAME=VALUE` replaces by what was measured. docs/scaling.md says what follows from it.
+`scripts/scaling.py --set NAME=VALUE` replaces by a measured value. docs/scaling.md has the conclusions.
 
-The loop that is modelled is `train_step`: all engines generate, all ranks meet, all ranks train, all ranks meet, every
-engine is refitted. So a stage lasts as long as on its slowest rank.
+The model is of `train_step`: all engines generate, all ranks meet, all ranks train, all ranks meet, every engine is
+refitted. So a stage takes as long as on its slowest rank.
 """
 
 from __future__ import annotations
@@ -30,62 +30,62 @@ Tokens = TypeVar("Tokens", float, np.ndarray)
 
 @dataclass(frozen=True)
 class Hardware:
-    """H100 SXM in an 8-GPU node. Peak numbers of public data sheets; docs/scaling.md names them."""
+    """An H100 SXM in an 8-GPU node: peak numbers of public data sheets, which docs/scaling.md names."""
 
     memory_bytes_per_s: float = 3.35e12
-    """HBM3."""
+    """Bandwidth of HBM3."""
     flops: float = 989e12
-    """Dense bfloat16."""
+    """Peak in dense bfloat16, per second."""
     nvlink_bytes_per_s: float = 450e9
-    """Of one GPU, one direction."""
+    """NVLink of one GPU, one direction."""
     network_bytes_per_s: float = 50e9
-    """400 Gb/s InfiniBand for each GPU."""
+    """InfiniBand at 400 Gb/s for each GPU."""
     pcie_bytes_per_s: float = 64e9
-    """Gen5 x16, one direction."""
+    """PCIe Gen5 x16, one direction."""
     gpus_per_node: int = 8
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Assumptions (ours): none was measured on a GPU, except that the verifier's was measured on CPU."""
+    """Assumed rates (ours). None was measured on a GPU; the rate of the verifier was measured on CPU."""
 
     length_median: float = 6000.0
-    """Tokens of a completion: log-normal, cut at rollout.max_new_tokens."""
+    """Median tokens of a completion; lengths are log-normal, cut at rollout.max_new_tokens."""
     length_sigma: float = 0.6
     """Standard deviation of the logarithm of the length."""
     prompt_tokens: float = 200.0
     mixed_fraction: float = 0.5
-    """Groups with a correct and a wrong completion: each costs a teacher pass."""
+    """Share of groups with a correct and a wrong completion; each costs a teacher pass."""
     memory_efficiency: float = 0.6
     """Share of the memory bandwidth that decoding reaches."""
     decode_fixed_s: float | None = None
-    """Seconds of a decoding step without any request; None: read the weights once, and decode_overhead_s."""
+    """Seconds of a decoding step without requests; None: the time to read the weights once, plus decode_overhead_s."""
     decode_overhead_s: float = 0.002
-    """Scheduling, sampling and launches of one decoding step."""
+    """Seconds of scheduling, sampling and launches in one decoding step."""
     forward_efficiency: float = 0.45
     """Share of the peak arithmetic in passes without gradient."""
     update_efficiency: float = 0.35
-    """Share of it in the forward-backward, collectives inside a tensor-parallel group aside."""
+    """Share of the peak in the forward-backward, without the collectives of a tensor-parallel group."""
     latency_s: float = 20e-6
-    """alpha: one hop of a collective."""
+    """alpha, the seconds of one hop of a collective."""
     link_efficiency: float = 0.8
     """Share of a link's bandwidth that a collective reaches."""
     answers_per_worker_s: float = 137.0
-    """Verifier: docs/benchmarks.md, two workers on two CPU cores."""
+    """Answers per second that one verifier worker grades: docs/benchmarks.md, two workers on two CPU cores."""
 
 
 # ---- Collectives -----------------------------------------------------------------------------------------------------
 
 
 def reduce_scatter_s(bytes_: float, ranks: int, bytes_per_s: float, latency_s: float) -> float:
-    """alpha log2(n) + (n - 1) / n * bytes / beta (Thakur et al. 2005); an all-gather costs the same."""
+    """Return alpha log2(n) + (n - 1) / n * bytes / beta (Thakur et al. 2005); an all-gather takes the same time."""
     if ranks == 1:
         return 0.0
     return latency_s * math.ceil(math.log2(ranks)) + (ranks - 1) / ranks * bytes_ / bytes_per_s
 
 
 def all_reduce_s(bytes_: float, ranks: int, bytes_per_s: float, latency_s: float) -> float:
-    """A reduce-scatter, then an all-gather."""
+    """Return the seconds of a reduce-scatter followed by an all-gather."""
     return 2 * reduce_scatter_s(bytes_, ranks, bytes_per_s, latency_s)
 
 
@@ -100,12 +100,12 @@ class Decoding:
     per_request: float
     per_context_token: float
     slots: int
-    """Requests at once; the others wait in order."""
+    """Most requests at the same time; the others wait in order."""
     prompt_tokens: float
 
 
 def decoding(config: Config, hf: HFModelConfig, rates: Rates, hardware: Hardware) -> Decoding:
-    """A roofline: every step reads the weights and the cache of every request, and multiplies once per request."""
+    """Return a roofline: each step reads the weights and every request's cache, and multiplies once per request."""
     tensor, width = engine_tensor(config), DTYPE_BYTES[config.model.dtype]
     memory = plan(config, hf, Machine())
     bandwidth = hardware.memory_bytes_per_s * rates.memory_efficiency
@@ -127,7 +127,7 @@ def decoding(config: Config, hf: HFModelConfig, rates: Rates, hardware: Hardware
 
 
 def engine_seconds(lengths: Sequence[int], decode: Decoding) -> float:
-    """Until the last of these completions is done, in one engine: from one end of a request to the next."""
+    """Simulate one engine, from one end of a request to the next; return the seconds until the last completion ends."""
     waiting = list(reversed(lengths))
     active: list[tuple[int, int]] = []  # (step at which it ends, its length)
     step, context, seconds = 0, 0.0, 0.0
@@ -147,7 +147,7 @@ def engine_seconds(lengths: Sequence[int], decode: Decoding) -> float:
 
 
 def continuous_seconds(lengths: Sequence[int], decode: Decoding) -> float:
-    """The same work in an engine that never waits for a batch to end: as many requests as it began with, always."""
+    """Return the seconds of the same work in an engine that is always full, with as many requests as at the start."""
     array = np.asarray(lengths, dtype=float)
     read = array * decode.prompt_tokens + array * (array - 1) / 2
     per_token = decode.fixed / min(decode.slots, len(array)) + decode.per_request
@@ -155,7 +155,7 @@ def continuous_seconds(lengths: Sequence[int], decode: Decoding) -> float:
 
 
 def sample_lengths(rates: Rates, config: Config, count: int, rng: np.random.Generator) -> np.ndarray:
-    """[count] completion lengths, at least 1."""
+    """Draw completion lengths, [count], each at least 1."""
     lengths = rates.length_median * np.exp(rates.length_sigma * rng.standard_normal(count))
     return np.clip(np.rint(lengths), 1, config.rollout.max_new_tokens).astype(int)
 
@@ -182,8 +182,11 @@ class Work:
         return 2 * matrices * tokens + attention * tokens * tokens
 
     def update(self, tokens: Tokens) -> Tokens:
-        """Forward, gradients of the inputs (one more forward; attention's own is two), of the trained weights, and
-        the recomputed forward."""
+        """Return the operations of forward, backward and recomputed forward.
+
+        Gradients of the inputs cost one more forward (two for attention itself); those of the trained weights are
+        added.
+        """
         attention = 2 * self.hf.num_layers * self.hf.num_heads * self.hf.head_dim * tokens * tokens
         trained = parameters(self.hf, 1) if self.lora_rank is None else adapters(self.hf, 1, self.lora_rank)
         return (2 + self.recompute) * self.forward(tokens) + attention + 2 * trained * tokens
@@ -191,18 +194,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of each stage of one step, as long as on its slowest rank; and what other designs would take."""
+    """Seconds of a step: each stage as long as on its slowest rank, and the times of other designs."""
 
     stages: dict[str, float]
     tokens: int
     """Completion tokens of the step."""
     asynchronous: float
-    """A step with rollouts on engines of their own, the GPUs split in the best proportion, one policy version behind:
-    nobody waits for the longest completion. A bound: it leaves out what the split costs in memory and traffic."""
+    """Seconds of a step with rollouts on separate engines, one policy version behind, the GPUs split in the best
+    proportion: nobody waits for the longest completion. A bound: it ignores the split's cost in memory and traffic."""
     balanced_rollout: float
-    """The rollout stage if engines shared all completions evenly and never waited: what it takes longer is waiting."""
+    """Seconds of the rollout stage if engines shared all completions evenly; the real stage waits for the rest."""
     adapter_refit: float
-    """The refit stage if the engine took adapters instead of merged weights."""
+    """Seconds of the refit stage if the engine took adapters instead of merged weights."""
 
     @property
     def seconds(self) -> float:
@@ -219,7 +222,7 @@ def simulate(
     rng: np.random.Generator,
     hardware: Hardware | None = None,
 ) -> Step:
-    """One step of `prompts` prompts on `gpus` GPUs, all ranks with equally many prompts."""
+    """Simulate one step of `prompts` prompts on `gpus` GPUs; ValueError if the ranks cannot share them evenly."""
     hardware = hardware or Hardware()
     replicas, group = gpus // config.parallel.tensor, config.rollout.group_size
     if gpus % config.parallel.tensor or prompts % replicas:
@@ -248,7 +251,7 @@ def simulate(
             "refit": refit,
         },
         tokens=int(lengths.sum()),
-        # x of the GPUs generate: rollout / x and training / (1 - x) are equal at their sum.
+        # With a share x of the GPUs for rollouts: rollout / x = training / (1 - x) = rollout + training.
         asynchronous=ideal_rollout + training + refit,
         balanced_rollout=ideal_rollout,
         adapter_refit=adapter_refit,
@@ -258,7 +261,10 @@ def simulate(
 def _teacher_seconds(
     config: Config, hf: HFModelConfig, lengths: np.ndarray, rates: Rates, hardware: Hardware, rng: np.random.Generator
 ) -> np.ndarray:
-    """[replicas]: a forward over problem, witness (the shortest of its group) and prefix, for each mixed group."""
+    """Return the seconds of the teacher's pass, [replicas].
+
+    It is one forward over problem, witness (the shortest of its group) and prefix, for each mixed group.
+    """
     if config.algorithm.name != "ssopd":
         return np.zeros(len(lengths))
     groups = lengths.reshape(len(lengths), -1, config.rollout.group_size)
@@ -273,7 +279,7 @@ def _teacher_seconds(
 def _update_seconds(
     config: Config, hf: HFModelConfig, lengths: np.ndarray, rates: Rates, hardware: Hardware
 ) -> np.ndarray:
-    """[replicas]: forward, recomputation and backward over every sequence."""
+    """Return the seconds of forward, recomputation and backward over every sequence, [replicas]."""
     tokens = lengths + rates.prompt_tokens
     rank = config.lora.rank if config.lora.enabled else None
     flops = Work(hf, rank, config.model.recompute).update(tokens).sum(axis=1)
@@ -285,14 +291,20 @@ def _update_seconds(
 def _tensor_parallel_seconds(
     config: Config, hf: HFModelConfig, tokens: np.ndarray, reduces: int, rates: Rates, hardware: Hardware
 ) -> np.ndarray:
-    """`reduces` all-reduces (or a reduce-scatter and an all-gather each) of the hidden states in every layer."""
+    """Return the seconds of `reduces` all-reduces of the hidden states in every layer.
+
+    With sequence parallelism each is a reduce-scatter and an all-gather, which take the same time.
+    """
     link = hardware.nvlink_bytes_per_s * rates.link_efficiency
     per_token = all_reduce_s(hf.hidden_size * DTYPE_BYTES[config.model.dtype], config.parallel.tensor, link, 0.0)
     return tokens * hf.num_layers * reduces * per_token
 
 
 def _gradient_seconds(config: Config, hf: HFModelConfig, replicas: int, rates: Rates, hardware: Hardware) -> float:
-    """fp32 gradients reduced over the replicas, updated weights gathered: over the network beyond one node."""
+    """Return the seconds to reduce fp32 gradients over the replicas and gather updated weights.
+
+    More than one node uses the network.
+    """
     tensor, width = config.parallel.tensor, DTYPE_BYTES[config.model.dtype]
     trained = adapters(hf, tensor, config.lora.rank) if config.lora.enabled else parameters(hf, tensor)
     in_node = replicas * tensor <= hardware.gpus_per_node
@@ -302,16 +314,19 @@ def _gradient_seconds(config: Config, hf: HFModelConfig, replicas: int, rates: R
 
 
 def _refit_seconds(config: Config, hf: HFModelConfig, rates: Rates, hardware: Hardware) -> tuple[float, float]:
-    """(merged weights, adapters alone). Merged: adapters merged in float32, shards gathered over the tensor-parallel
-    group, and copied into the engine. Alone: the engine's weights come back from the host, where it slept with them."""
+    """Return the seconds of a refit with (merged weights, adapters only).
+
+    Merged: adapters are merged in float32, shards gathered over the tensor-parallel group and copied into the engine.
+    Adapters only: the engine's base weights go to the host while it sleeps, and come back.
+    """
     tensor, engine, width = config.parallel.tensor, engine_tensor(config), DTYPE_BYTES[config.model.dtype]
     base, engine_bytes = parameters(hf, tensor), parameters(hf, engine) * width
     bandwidth = hardware.memory_bytes_per_s * rates.memory_efficiency
     link = hardware.nvlink_bytes_per_s * rates.link_efficiency
     swap = 2 * engine_bytes / (hardware.pcie_bytes_per_s * rates.link_efficiency)
-    merge = base * (2 * width + 4 * 4) / bandwidth  # read and written in bfloat16; the sum and its terms in float32
+    merge = base * (2 * width + 4 * 4) / bandwidth  # bfloat16 in and out; the sum and its terms in float32
     gather = reduce_scatter_s(parameters(hf, 1) * width, tensor, link, rates.latency_s)
-    copy = 3 * engine_bytes / bandwidth  # into vLLM's buffers, and from there into its layout
+    copy = 3 * engine_bytes / bandwidth  # into vLLM's buffers, then into its layout
     small = adapters(hf, tensor, config.lora.rank) * width if config.lora.enabled else base * width
     adapters_only = reduce_scatter_s(small * tensor, tensor, link, rates.latency_s) + 2 * small / bandwidth
     return merge + gather + copy, swap + adapters_only

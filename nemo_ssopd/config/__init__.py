@@ -1,1 +1,1 @@
-"""The settings: dataclasses with their defaults, and the checks beside them."""
+"""Settings: dataclasses with their defaults, and the checks next to them."""

@@ -1,4 +1,4 @@
-"""Ranges that a field declares where it is defined, and the check that reads them."""
+"""Ranges of fields, declared where the fields are defined, and the check that enforces them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def checked(default: Any, **bounds: float) -> Any:
-    """Declare a field with bounds: at_least, above, at_most, below. A value of None has none.
+    """Declare a field with bounds: at_least, above, at_most, below. A value of None is not checked.
 
     >>> group_size: int = checked(8, at_least=1)
     """
@@ -16,7 +16,10 @@ def checked(default: Any, **bounds: float) -> Any:
 
 
 def check_ranges(section: Any, prefix: str = "") -> None:
-    """Check a section's fields, and its sections', against their bounds; ValueError names field, value and remedy."""
+    """Check the fields of a section and its subsections against their bounds.
+
+    ValueError names field, value and remedy.
+    """
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -35,7 +38,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_function_name(setting: str, name: str) -> None:
-    """Check the form package.module:name; whether the function is there, an import will say."""
+    """Check that a name has the form package.module:name. Nothing is imported."""
     module, colon, function = name.partition(":")
     parts = (*module.split("."), function)
     is_written_so = bool(colon) and not module.endswith(".py") and all(part.isidentifier() for part in parts)

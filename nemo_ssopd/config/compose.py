@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ssopd.config.renamed import with_present_names
 
 _PACKAGE = Path(__file__).parents[1]
-# Beside the package in a checkout, inside it when installed.
+# Next to the package in a checkout, inside it when installed.
 CONF = next(folder for folder in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if folder.is_dir())
 
 
@@ -28,7 +28,7 @@ def compose_in(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def open_schema(tree: type) -> DictConfig:
-    """Turn a dataclass into Hydra's schema. Frozen dataclasses come read-only, which is undone."""
+    """Turn a dataclass into Hydra's schema. OmegaConf makes frozen dataclasses read-only; this undoes it."""
     schema = OmegaConf.structured(tree)
     for node in (schema, *(schema._get_node(key) for key in schema)):
         if isinstance(node, DictConfig):

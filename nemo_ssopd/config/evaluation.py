@@ -1,4 +1,4 @@
-"""The settings of scripts/evaluate.py: their defaults, and every check that needs no GPU and no engine."""
+"""Settings of scripts/evaluate.py with their defaults, and every check that needs no GPU and no engine."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from nemo_ssopd.evaluation.models import ModelSource, find_model
 from nemo_ssopd.models.family import read_hf_config
 
 
-@dataclass  # not frozen: OmegaConf makes the values of a dict from it, and could not fill them
+@dataclass  # not frozen: OmegaConf builds dict values from it and must be able to set their fields
 class SetConfig:
-    """A problem set that `data` may name. Fields left at null are found among the usual ones."""
+    """A problem set that `data` may name. Null field names stand for the usual ones, such as problem and answer."""
 
     source: str = MISSING
     """A .jsonl or .parquet file, the name of a Hugging Face hub dataset, or demo:NAME?count=N&seed=S&split=eval."""
     title: str | None = None
     """The column's heading in the table; null takes the set's name."""
     subset: str | None = None
-    """Of a hub dataset that has several."""
+    """Configuration of a hub dataset that has several."""
     split: str = "train"
-    """Of a hub dataset."""
+    """Split of a hub dataset."""
     problem_field: str | None = None
     answer_field: str | None = None
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """One call: every model on every set."""
+    """One evaluation: every model on every set."""
 
     model: Any = MISSING
     """PATH, [PATH, ...] or {NAME: PATH, ...}: Hugging Face, PEFT adapter, checkpoint or run directories. A NAME is the
@@ -55,23 +55,23 @@ class EvalConfig:
     data: Any = MISSING
     """SET, [SET, ...]: names from `sets`, files, hub datasets or demo:NAME?..."""
     run_dir: str = MISSING
-    """Results go to run_dir/MODEL/SET/; the table, over all that run_dir holds, beside them."""
+    """Folder of the results: run_dir/MODEL/SET/, and a table of everything that run_dir holds."""
     only: str | None = None
-    """The NAME of the one model to evaluate; the workers of each model are started with it."""
+    """NAME of the only model to evaluate; the launcher sets it for the workers of each model."""
     resume: bool = False
-    """Continue what run_dir holds; finished sets are left as they are."""
+    """Continue the evaluation in run_dir; finished sets stay as they are."""
     base: str | None = None
-    """The base model of an adapter or a LoRA checkpoint, where it is not at the path that was written down."""
+    """Path of the base model of an adapter or a LoRA checkpoint, if it has moved since that was written."""
     dtype: Dtype = Dtype.bfloat16
     trust_remote_code: bool = False
-    """Whether transformers may run code found with the model."""
+    """Let transformers run code from the model's folder."""
     max_prompt_tokens: int = checked(2048, at_least=1)
-    """A longer prompt is an error: leaving problems out would change the result."""
+    """Longest prompt in tokens. A longer one is an error: leaving problems out would change the result."""
     batch: int = checked(0, at_least=0)
-    """Problems between two writes, over all engines: what a killed evaluation loses. 0 takes as many as fill them."""
+    """Problems between two writes, over all engines; a kill loses up to that many. 0 takes what fills the engines."""
     sets: dict[str, SetConfig] = field(default_factory=dict)
     problem_field: str | None = None
-    """For sets that name none themselves; null finds the usual names."""
+    """Field of the problem in sets that name none themselves; null tries the usual names."""
     answer_field: str | None = None
     student_template: str = DataConfig.student_template
     """The user turn; {problem} is replaced."""
@@ -86,7 +86,7 @@ class EvalConfig:
 
     @property
     def models(self) -> dict[str, str]:
-        """Name -> path."""
+        """Return name -> path of the models to evaluate."""
         if isinstance(self.model, Mapping):
             named = {str(name): str(path) for name, path in self.model.items()}
         else:
@@ -99,13 +99,13 @@ class EvalConfig:
 
     @property
     def chosen_sets(self) -> dict[str, SetConfig]:
-        """Name -> set, in the order of the table's columns."""
+        """Return name -> set, in the order of the table's columns."""
         names = [self.data] if isinstance(self.data, str) else [str(name) for name in self.data]
         given = [(name, self.sets[name]) if name in self.sets else _set_from(name) for name in names]
         return _by_name("data", given)
 
     def data_config(self, chosen: SetConfig) -> DataConfig:
-        """How `load_prompts` and `render_student` are to treat a set."""
+        """Return the settings by which `load_prompts` and `render_student` read a set."""
         return DataConfig(
             train=chosen.source,
             subset=chosen.subset,
@@ -121,7 +121,7 @@ ConfigStore.instance().store(name="eval_schema", node=open_schema(EvalConfig))
 
 
 def from_hydra(composed: DictConfig) -> EvalConfig:
-    """The composed tree as dataclasses, checked: ValueError names the field, the value and the remedy."""
+    """Turn the composed tree into a checked config: ValueError names the field, the value and the remedy."""
     config = cast(EvalConfig, as_dataclasses(composed))
     if config.parallel.world_size == 0:
         config = replace(config, parallel=replace(config.parallel, world_size=_usual_world_size()))
@@ -130,7 +130,7 @@ def from_hydra(composed: DictConfig) -> EvalConfig:
 
 
 def _usual_world_size() -> int:
-    """What a launcher has started; else one process per GPU, or one without any."""
+    """Return the number of processes that a launcher has started; else one per GPU, at least one."""
     for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         if variable in os.environ:
             return int(os.environ[variable])
@@ -138,7 +138,7 @@ def _usual_world_size() -> int:
 
 
 def validate(config: EvalConfig) -> None:
-    """Every check that needs nothing but the config, the models' config.json and the names of the sets' files."""
+    """Check the config, the models' config.json and that the sets' files exist; ValueError says what to change."""
     check_ranges(config)
     config.reward.check()
     require("{problem}" in config.student_template, "student_template lacks {problem}: say where it goes")
@@ -175,7 +175,7 @@ def _by_name(field_name: str, given: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _model_name(path: str) -> str:
-    """The last part of the path that says something: runs/x/checkpoints/iter_0000100 is x-iter_0000100."""
+    """Return a model's name from the telling parts of its path: runs/x/checkpoints/iter_0000100 is x-iter_0000100."""
     parts = [part for part in Path(path).resolve().parts if part != "checkpoints"]
     own = parts[-1]
     is_generic = own in ("hf", "adapter", "merged") or own.startswith("iter_")
@@ -183,7 +183,7 @@ def _model_name(path: str) -> str:
 
 
 def _set_from(source: str) -> tuple[str, SetConfig]:
-    """A set that is not in `sets`: its name comes from the file or the dataset."""
+    """Return name and settings of a set that is not in `sets`; the name comes from the file or the dataset."""
     if source.endswith((".jsonl", ".parquet")):
         return Path(source).stem, SetConfig(source=source)
     return re.sub(r"[^\w.-]+", "_", source.split("/")[-1] if ":" not in source else source), SetConfig(source=source)

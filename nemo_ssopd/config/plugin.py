@@ -1,4 +1,4 @@
-"""Functions of the user's own, named package.module:name in a setting."""
+"""Import of functions that the user names in a setting as package.module:name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nemo_ssopd.config.checks import check_function_name
 
 
 def load_function(setting: str, name: str) -> Callable[..., Any]:
-    """Import the function that a setting names; ValueError, with the remedy, where it is not there.
+    """Import the function that a setting names; ValueError, with the remedy, if it cannot be imported.
 
-    Modules are looked for in the working directory, too. The code runs in this process: name only what you trust.
+    The working directory is searched, too. The code runs in this process: name only code that you trust.
     """
     check_function_name(setting, name)
     module, _, attribute = name.partition(":")

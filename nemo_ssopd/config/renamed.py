@@ -1,4 +1,4 @@
-"""Settings under the names that they had before: accepted in overrides, and read from the configs of older runs."""
+"""Former names of settings: accepted in overrides and in the configs of older runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ RENAMED = {
     "algorithm.dual_clip": "algorithm.ratio_clip_dual",
     "optimizer.clip_grad": "optimizer.grad_clip",
     **{f"rollout.{n}": f"engine.{n}" for n in ("tensor", "gpu_memory_utilization", "cpu_cache_gib", "max_sequences")},
-    # Of an evaluation.
+    # In an evaluation.
     **{f"engine.{name}": name for name in ("dtype", "max_prompt_tokens", "trust_remote_code")},
 }
 REMOVED = {"algorithm.clip_unit": "summand", "algorithm.position_decay": 1.0}
-"""Settings that are gone, with the one value that is still what happens."""
+"""Removed settings, each with the only value that still describes what the code does."""
 
 
 def with_present_names(overrides: Sequence[str]) -> list[str]:
@@ -32,7 +32,7 @@ def with_present_names(overrides: Sequence[str]) -> list[str]:
 
 
 def read_old_sections(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of a saved config, as nested dictionaries; ValueError where a setting that is gone was used."""
+    """Rename the keys of a saved config, as nested dictionaries; ValueError if a removed setting was used."""
     sections: dict[str, Any] = {}
     for section, values in saved.items():
         if not isinstance(values, Mapping):

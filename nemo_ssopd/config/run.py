@@ -1,6 +1,6 @@
-"""One training run: its sections, and the checks that look at several of them. None needs a GPU or an engine.
+"""Config of a training run: its sections, and the checks across sections. No check needs a GPU or an engine.
 
-Defaults live on the fields and nowhere else; the files in `conf/` say only what a run changes. Every message names the
+Defaults are on the fields and nowhere else; the files in `conf/` hold only what a run changes. Every error names the
 field, the value and the remedy.
 """
 
@@ -38,7 +38,7 @@ from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """The config of one training run."""
 
     run_dir: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -73,26 +73,26 @@ def engine_tensor(config: Config) -> int:
 
 
 IMPORTANCE_CAPS = {Dtype.float32: 0.0, Dtype.bfloat16: 2.0, Dtype.float16: 2.0}
-"""algorithm.importance_cap where it is null, by model.dtype. In float32 engine and trainer agree."""
+"""Value of algorithm.importance_cap when it is null, by model.dtype. In float32 engine and trainer agree."""
 
 MISMATCH_BOUNDS = {Dtype.float32: 0.1, Dtype.bfloat16: 0.3, Dtype.float16: 0.05}
-"""trainer.max_logprob_mismatch where it is null, by model.dtype."""
+"""Value of trainer.max_logprob_mismatch in nats when it is null, by model.dtype."""
 
 
 def importance_cap(config: Config) -> float:
-    """Return the cap of the surrogate's importance weights; 0 for no weights."""
+    """Return the cap of the surrogate's importance weights; 0 disables the weights."""
     cap = config.algorithm.importance_cap
     return IMPORTANCE_CAPS[config.model.dtype] if cap is None else cap
 
 
 def max_logprob_mismatch(config: Config) -> float:
-    """Return the mean difference of engine and trainer that stops the run, in nats; 0 for none."""
+    """Return the mean log-prob difference of engine and trainer that stops the run, in nats; 0 disables the check."""
     bound = config.trainer.max_logprob_mismatch
     return MISMATCH_BOUNDS[config.model.dtype] if bound is None else bound
 
 
 def context_length(config: Config) -> int:
-    """Return the length of the student's longest sequence, in tokens: prompt and completion of training."""
+    """Return the length of the longest training sequence, prompt plus completion, in tokens."""
     return config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
 
 

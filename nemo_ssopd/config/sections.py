@@ -1,6 +1,6 @@
-"""The sections that configs are made of, other than the objective: fields, defaults, ranges.
+"""Sections of a config, except the objective: fields, defaults, ranges.
 
-The origin of a default stands next to it: (paper), (OPSD: the public implementation whose set-up the paper follows,
+The origin of a default stands next to it: (paper), (OPSD: the public implementation whose setup the paper follows,
 arXiv 2601.18734), or (ours).
 """
 
@@ -23,30 +23,30 @@ class Dtype(StrEnum):
 
     bfloat16 = "bfloat16"
     float16 = "float16"
-    """Its loss is scaled."""
+    """Trained with a scaled loss."""
     float32 = "float32"
 
 
 class Refit(StrEnum):
-    """What the engine gets after a step."""
+    """Weights that the engine gets after a step."""
 
     merged = "merged"
-    """Every weight, with the adapters added."""
+    """Every weight, with the adapters merged in."""
     adapter = "adapter"
-    """The adapters alone, which vLLM then applies as a LoRA to the base model (ours)."""
+    """The adapters only; vLLM applies them as a LoRA to its base model (ours)."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Where the initial weights come from."""
+    """The model: source and type of the initial weights."""
 
     path: str = MISSING
     """A Hugging Face directory (config.json, safetensors, tokenizer) of a family in `nemo_ssopd/models`."""
     dtype: Dtype = Dtype.bfloat16
     recompute: bool = True
-    """Recompute each layer's activations in the backward instead of keeping them."""
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
     trust_remote_code: bool = False
-    """Whether transformers may run code found in `path`."""
+    """Let transformers run code found in `path`."""
 
 
 @dataclass(frozen=True)
@@ -54,54 +54,54 @@ class LoraConfig:
     """Adapters on the q, k, v, o, gate, up and down projections (paper)."""
 
     enabled: bool = True
-    """False trains every weight; the initial weights are then kept as the fixed teacher and reference."""
+    """False trains every weight, and keeps the initial weights as the fixed teacher and reference."""
     rank: int = checked(64, at_least=1)
-    """(OPSD)"""
+    """Rank of every adapter (OPSD)."""
     alpha: float = checked(128.0, above=0)
     """The adapter's output is scaled by alpha / rank (OPSD)."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes share the model."""
+    """Layout: the number of processes, and how they share model and batch."""
 
     world_size: int = checked(8, at_least=0)
-    """Processes in all: one per GPU, or plain CPU processes. In an evaluation 0 takes one per visible GPU."""
+    """Total number of processes: one per GPU, or plain CPU processes. In an evaluation 0 takes one per visible GPU."""
     tensor: int = checked(1, at_least=1)
     """Tensor-parallel size: must divide the query heads, the key-value heads and the MLP width."""
     sequence: bool = False
     """Sequence parallelism in addition to tensor parallelism."""
     threads: int = checked(1, at_least=1)
-    """CPU threads of each process, without a GPU."""
+    """CPU threads of each process; used without a GPU."""
     timeout_minutes: float = checked(60.0, above=0)
-    """How long a stage of a step may take, or a collective wait for another rank, before the run fails."""
+    """Minutes that a stage of a step may take, or a collective may wait for another rank, before the run fails."""
 
     @property
     def data(self) -> int:
-        """Data-parallel size."""
+        """Return the data-parallel size."""
         return self.world_size // self.tensor
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks that split the tokens between layers. A packed batch must be a multiple of it."""
+        """Return the number of ranks that split the tokens between layers. A packed batch must be a multiple of it."""
         return self.tensor if self.sequence else 1
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """vLLM, in the same processes."""
+    """The vLLM engine, which runs in the same processes."""
 
     tensor: int = checked(0, at_least=0)
-    """Tensor-parallel size of the engine; 0 takes parallel.tensor. A smaller one gives more engines."""
+    """Tensor-parallel size of the engine; 0 takes parallel.tensor. A smaller size gives more engines."""
     gpu_memory_utilization: float = checked(0.45, above=0, at_most=1)
     """Share of GPU memory that the awake engine may use."""
     cpu_cache_gib: float = checked(1.0, above=0)
     """Size of each engine's KV cache without a GPU."""
     max_sequences: int = checked(256, at_least=1)
-    """Requests that one engine runs at once."""
+    """Most requests that one engine runs at once."""
 
     def tensor_in(self, parallel: ParallelConfig) -> int:
-        """Return the engine's tensor-parallel size in a layout; ValueError where it does not fit."""
+        """Return the engine's tensor-parallel size in a layout; ValueError if it does not divide parallel.tensor."""
         tensor = self.tensor or parallel.tensor
         require(
             parallel.tensor % tensor == 0,
@@ -112,16 +112,16 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Sampling of the training completions, by vLLM."""
+    """Sampling of the training completions with vLLM."""
 
     group_size: int = checked(8, at_least=1)
     """G completions per prompt (OPSD)."""
     temperature: float = checked(1.1, above=0)
-    """One temperature for sampling and for every log-prob and KL of the trainer (OPSD)."""
+    """Temperature of sampling, and of every log-prob and KL in the trainer (OPSD)."""
     max_prompt_tokens: int = checked(2048, at_least=1)
-    """Longer student prompts are dropped and counted (OPSD)."""
+    """Longest student prompt in tokens; longer ones are dropped and counted (OPSD)."""
     max_new_tokens: int = checked(16000, at_least=1)
-    """Completions are cut here (OPSD)."""
+    """Longest completion in tokens; completions are cut there (OPSD)."""
     refit: Refit = Refit.merged
 
 
@@ -143,32 +143,32 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class VerifierConfig:
-    """The killable worker processes that grade, by math-verify or by the user's function."""
+    """Killable worker processes that grade with math-verify or with the user's function."""
 
     workers: int = checked(8, at_least=1)
-    """Worker processes on each data-parallel rank's first process."""
+    """Worker processes of each data-parallel rank, started by its first process."""
     timeout_s: float = checked(5.0, above=0)
-    """Wall-clock limit of one completion; on overrun the worker is killed and the reward is 0."""
+    """Wall-clock seconds for one completion; after that the worker is killed and the reward is 0."""
     cpu_s: float = checked(1.5, above=0)
-    """CPU limit of one completion. It normally ends a hang, since it does not depend on how busy the machine is."""
+    """CPU seconds for one completion. It normally ends a hang, since it does not depend on how busy the machine is."""
     memory_gb: float = checked(3.0, above=0)
-    """Address space of one worker."""
+    """Address space of one worker, in GB."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Problems and the two prompts made from them."""
+    """Problems, and the prompts of student and teacher made from them."""
 
     train: str = MISSING
     """A .jsonl or .parquet file, a Hugging Face hub name, or demo:NAME?count=N&seed=S for the built-in task."""
     eval: str | None = None
-    """The same kinds of source, for Avg@n during and after training."""
+    """Held-out problems for Avg@n before, during and after training; the same kinds of source as `train`."""
     split: str = "train"
     """Split of a hub dataset."""
     subset: str | None = None
     """Configuration of a hub dataset that has several."""
     problem_field: str | None = None
-    """Null takes the first of the usual names that the rows have: problem, question, ... (see data/prompts.py)."""
+    """Column of the problem; null takes the first usual name that is there: problem, question, ... (data/prompts)."""
     answer_field: str | None = None
     solution_field: str = "solution"
     student_template: str = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -180,12 +180,12 @@ class DataConfig:
     )
     """The user turn that the teacher reads; {problem} and {witness} are replaced."""
     strip_thinking: bool = False
-    """Leave the <think> and </think> marks (not their content) out of the witness."""
+    """Remove the marks <think> and </think>, but not their content, from the witness."""
     enable_thinking: bool = True
-    """Passed to the chat template, for student and teacher."""
+    """Argument of the chat template, for student and teacher."""
 
     def check(self) -> None:
-        """Check that the templates say where the texts go."""
+        """Check that the templates name their placeholders; ValueError if one is missing."""
         require("{problem}" in self.student_template, "data.student_template lacks {problem}: say where it goes")
         for mark in ("{problem}", "{witness}"):
             require(mark in self.teacher_template, f"data.teacher_template lacks {mark}: say where it goes")
@@ -193,10 +193,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with decoupled weight decay: linear warm-up, then a constant rate or a cosine decay."""
+    """AdamW, with a linear warm-up and then a constant learning rate, or a cosine decay to zero."""
 
     lr: float = checked(5e-6, above=0)
-    """(ours, after OPSD's later scripts)"""
+    """Learning rate after the warm-up (ours, after OPSD's later scripts)."""
     warmup_steps: int = checked(0, at_least=0)
     decay_steps: int = checked(0, at_least=0)
     """Cosine decay to zero at this step; 0 keeps the rate constant."""
@@ -212,31 +212,31 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The loop."""
+    """The training loop: batches, memory, checkpoints, evaluations, alarms."""
 
     seed: int = 1
     max_steps: int = checked(100, at_least=1)
     prompts_per_step: int = checked(32, at_least=1)
     """Prompts of one rollout batch, over all data-parallel ranks (ours)."""
     updates_per_step: int = checked(1, at_least=1)
-    """Optimizer steps on each rollout batch; with more than one, old log-probs are scored before the first."""
+    """Optimizer steps on each rollout batch. With more than one, the old log-probs are computed before the first."""
     token_budget: int = checked(32768, at_least=1)
-    """Tokens of one micro-batch, its sequences laid end to end; a longer sequence gets a micro-batch of its own."""
+    """Most tokens of one micro-batch, sequences laid end to end. A longer sequence gets its own micro-batch."""
     chunk_tokens: int = checked(1024, at_least=1)
-    """Tokens whose logits exist at one time (the paper's vocabulary chunk; size ours)."""
+    """Tokens whose logits exist at the same time (the paper's vocabulary chunk; size ours)."""
     save_every: int = checked(25, at_least=0)
     """Steps between checkpoints (OPSD); 0 saves at the end only."""
     keep_checkpoints: int = checked(3, at_least=0)
-    """Older checkpoints are removed; 0 keeps all."""
+    """Number of checkpoints to keep; older ones are removed. 0 keeps all."""
     keep_best: bool = True
-    """Also save where Avg@n is the highest so far, and keep that checkpoint until a better one is there (ours)."""
+    """Also save when Avg@n is the highest so far, and keep that checkpoint until there is a better one (ours)."""
     async_save: bool = False
-    """Write checkpoints during the next steps, from a copy of the trained state in host memory (Megatron-LM)."""
+    """Write checkpoints in the background, from a copy of the trained state in host memory (Megatron-LM)."""
     eval_every: int = checked(0, at_least=0)
     """Steps between evaluations; 0 disables them."""
     teacher_samples: int = checked(2, at_least=0)
-    """Completions of the teacher at each evaluation, for every held-out problem that the policy solves in part: how
-    often it is right given the witness (ours); 0 draws none."""
+    """Completions that the teacher writes at each evaluation for every held-out problem that the policy solves in part.
+    They measure how often it is right given the witness (ours). 0 disables them."""
     eval_at_ends: bool = True
     """Evaluate before the first step and after the last, when data.eval is set."""
     resume: bool = False
@@ -244,24 +244,24 @@ class TrainerConfig:
     max_skipped_steps: int = checked(3, at_least=1)
     """Stop after this many skipped steps in a row: a loss or gradient that is not finite, or a spike."""
     spike_factor: float = checked(10.0, at_least=0)
-    """Skip a step whose gradient norm is over this many times the largest of the last 16; 0 disables it (ours)."""
+    """Skip a step whose gradient norm exceeds this factor times the largest of the last 16; 0 disables it (ours)."""
     max_logprob_mismatch: float | None = checked(None, at_least=0)
-    """Stop when engine and trainer differ by more nats, on average over a step's tokens; 0 disables it. Null takes
-    MISMATCH_BOUNDS: 0.1 in float32, where 1e-7 to 9e-6 was measured; 0.3 in bfloat16, where equal policies differ by
-    1e-3 (demo, its own samples) to 0.09 (SmolLM2, random tokens); 0.05 in float16, which rounds 8 times finer and
-    measured 1e-4 on the demo (ours)."""
+    """Stop when log-probs of engine and trainer differ by more nats, on average over a step's tokens; 0 disables it.
+    Null takes MISMATCH_BOUNDS: 0.1 in float32, where 1e-7 to 9e-6 was measured; 0.3 in bfloat16, where equal policies
+    differ by 1e-3 (demo, its own samples) to 0.09 (SmolLM2, random tokens); 0.05 in float16, which rounds 8 times
+    finer and measured 1e-4 on the demo (ours)."""
     time_budget_minutes: float = checked(0.0, at_least=0)
-    """Save and stop in time to end within this, from the start of the SLURM job or else of the run; 0 has no limit."""
+    """Minutes from the start of the SLURM job, or else of the run, within which to save and stop; 0 has no limit."""
     export: bool = True
     """Write a merged Hugging Face model to run_dir/hf at the end."""
     profile_steps: list[int] = field(default_factory=list)
-    """Steps, counted from 1 as they are logged, whose torch profiler trace, and on CUDA the memory snapshot, goes to
-    run_dir/profile/. Every kernel of the rollouts is in it: choose a small rollout.max_new_tokens."""
+    """Steps to profile, counted from 1 as in the log. A trace of torch's profiler, and on CUDA a memory snapshot, go
+    to run_dir/profile/. The trace holds every kernel of the rollouts: choose a small rollout.max_new_tokens."""
     deterministic: bool = False
-    """Repeat a run exactly on CUDA too, at a cost in speed (docs/reliability.md); without CUDA every run repeats."""
+    """Make runs on CUDA repeat exactly, at a cost in speed (docs/reliability.md). On CPU every run repeats exactly."""
 
     def check(self) -> None:
-        """Check that the profiled steps exist."""
+        """Check that the run has the steps to profile; ValueError if not."""
         for step in self.profile_steps:
             require(
                 1 <= step <= self.max_steps,
@@ -284,10 +284,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Where metrics go, in addition to the console and metrics.jsonl."""
+    """Destinations of metrics, in addition to the console and metrics.jsonl."""
 
     tensorboard: bool = True
     wandb_project: str | None = None
-    """Name of a Weights & Biases project; None leaves it off."""
+    """Name of a Weights & Biases project; null disables it."""
     save_rollouts: bool = True
-    """Write every rollout, its reward and reason to run_dir/rollouts/."""
+    """Write every rollout with its reward and reason to run_dir/rollouts/."""

@@ -1,1 +1,1 @@
-"""Processes: command line, workers, signals, watchdog, SLURM."""
+"""Everything about processes: command line, workers, stop signals, watchdog, SLURM."""

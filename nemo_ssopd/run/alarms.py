@@ -1,4 +1,4 @@
-"""Numbers that stop a run, since training on would be in vain."""
+"""Checks of a step's metrics: they skip a step with a gradient spike, and stop a run that cannot recover."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ RECENT_STEPS = 16
 
 
 class UnhealthyRun(RuntimeError):
-    """The run must not go on as it is. Raised on all ranks alike."""
+    """An error in the run itself, such as weights that do not reach the engine. All ranks raise it together."""
 
 
 def spike_limit(recent_norms: Sequence[float], factor: float) -> float:
-    """The gradient norm from which on a step is skipped; infinite while there are too few to compare with."""
+    """Return the gradient norm above which a step is skipped; infinite if `factor` is 0 or fewer than
+    RECENT_STEPS norms are known."""
     return factor * max(recent_norms) if factor and len(recent_norms) == RECENT_STEPS else float("inf")
 
 
 def check_health(metrics: Mapping[str, Any], config: Config, *, step: int, skipped_in_a_row: int) -> None:
-    """UnhealthyRun when training on would be in vain. Metrics are those of all ranks, so that all agree."""
+    """Raise UnhealthyRun after too many skipped steps, or when engine and trainer disagree on log-probs.
+
+    `metrics` are those of all ranks, so all ranks reach the same verdict.
+    """
     trainer, bound = config.trainer, max_logprob_mismatch(config)
     if skipped_in_a_row >= trainer.max_skipped_steps:
         raise UnhealthyRun(

@@ -1,23 +1,23 @@
-"""The command line: compose and check the config, then run it in this process or start the workers that will.
+"""The training command: compose and check the config, then train in this process or start workers that do.
 
     python scripts/train_ssopd.py --config-name tiny_cpu trainer.max_steps=5
 
-Under torchrun or srun this is one of the workers already. From a plain shell it starts the workers of this node.
-Exit codes: 0 finished, 75 stopped on request and saved, everything else failed.
+Under torchrun or srun this process is already one of the workers. From a plain shell it starts the workers of this
+node. Exit codes: 0 finished, 75 stopped on request and saved, anything else failed.
 """
 
 from __future__ import annotations
 
 from nemo_ssopd.run.signals import EXIT_STOPPED, ignore_stop_requests, note_stop_requests, received
 
-note_stop_requests()  # before the imports that take seconds
+note_stop_requests()  # first: the imports below take seconds
 
 import logging  # noqa: E402
 import sys  # noqa: E402
 import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-# Megatron-Core warns at import of every fused kernel that it does without; on CPU that is all of them.
+# At import, Megatron-Core warns about each fused kernel that is missing. On CPU that is all of them.
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 from nemo.core.config import hydra_runner  # noqa: E402
@@ -46,7 +46,7 @@ def _main(composed: DictConfig) -> None:
         config = from_hydra(composed)
         prepare_run_dir(config)
         if not under_launcher():
-            # For their errors: one clear message here, rather than one from every worker.
+            # Called for their errors: one clear message here instead of one from every worker.
             load_data(config)
             check_grader(config)
             for name in config.algorithm.aux_losses:
@@ -64,7 +64,7 @@ def _main(composed: DictConfig) -> None:
 
 
 def start(config: Config) -> int:
-    """Run the workers; their exit code."""
+    """Run the workers and return their exit code. Print an error line when a signal killed one."""
     if received:
         return EXIT_STOPPED
     sys.stdout.flush()
@@ -79,7 +79,10 @@ def start(config: Config) -> int:
 
 
 def prepare_run_dir(config: Config) -> None:
-    """Refuse to write over another run. Workers check too: none writes before all have joined the process group."""
+    """Create the run directory; ValueError when it holds a run and trainer.resume is off.
+
+    Workers check this too: none of them writes before all have joined the process group.
+    """
     run_dir = Path(config.run_dir)
     holds_a_run = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
     if holds_a_run and not config.trainer.resume:

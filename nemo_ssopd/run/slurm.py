@@ -1,9 +1,9 @@
-"""What a batch script must know of a config before it starts processes.
+"""Print what a SLURM batch script needs to know about a config before it starts processes.
 
     python -m nemo_ssopd.run.slurm train|evaluate NODES CONFIG [KEY=VALUE ...]
 
-Checks the config, so that an error is one line rather than one from every process. Prints a line for each group of
-processes to start: how many, and an override that they need besides.
+Checks the config, so that an error is one line instead of one from every process. Prints one line for each `srun`:
+the number of processes, and an extra override for them if they need one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(kind: str, nodes: int, name: str, *overrides: str) -> None:
 
 
 def steps(kind: str, nodes: int, name: str, *overrides: str) -> list[str]:
-    """One line for each srun. ValueError when the config, or its fit to the nodes, is not right."""
+    """Return one line for each srun; ValueError when the config is wrong or does not fit the nodes."""
     composed = compose_in(CONF if kind == "train" else CONF / "eval", name, overrides)
     if kind == "train":
         parallel = training.from_hydra(composed).parallel
@@ -37,7 +37,7 @@ def steps(kind: str, nodes: int, name: str, *overrides: str) -> list[str]:
         composed.parallel.world_size = nodes * max(1, gpus_on_this_node())
     config = evaluation.from_hydra(composed)
     tasks = spread(config.parallel.world_size, nodes)
-    # An engine leaves no process behind that another model could use: each model gets processes of its own.
+    # The processes of an engine that has ended cannot serve another model: each model gets its own.
     return [f"{tasks} only='{model}'" for model in config.models]
 
 

@@ -1,4 +1,4 @@
-"""When to stop before the next step, the same on every rank: stop signals and the time budget."""
+"""The decision to stop before the next step, by stop signals and the time budget; all ranks agree on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import torch.distributed as dist
 from nemo_ssopd.run import signals
 from nemo_ssopd.run.alarms import UnhealthyRun
 
-BUDGET = 1  # beside the numbers of signals, of which 1, SIGHUP, is none that we note
+BUDGET = 1  # shares a tensor with signal numbers; 1 is SIGHUP, which is not one of STOP_SIGNALS
 
 
 class TimeBudget:
-    """How long this run may go on: trainer.time_budget_minutes, and the end of the SLURM job where it is known.
+    """The time that this run may take: trainer.time_budget_minutes, and the end of the SLURM job where it is known.
 
-    Minutes count from the start of the allocation. The wall clock is read once, here; then monotonic time counts.
+    Minutes count from the start of the SLURM job, or else from now. The wall clock is read once, here; after that the
+    monotonic clock counts.
     """
 
     def __init__(self, minutes: float, environment: Mapping[str, str] = os.environ) -> None:
@@ -33,22 +34,23 @@ class TimeBudget:
         self._step_started: float | None = None
 
     def step_begins(self) -> None:
-        """Call before every step, so that the time of the longest is known: with its save, and its evaluation."""
+        """Measure the longest step, its save and evaluation included. Call this before every step."""
         now = time.monotonic()
         if self._step_started is not None:
             self._longest_step_s = max(self._longest_step_s, now - self._step_started)
         self._step_started = now
 
     def is_over(self) -> bool:
-        """Whether less time is left than two of the longest steps so far would take."""
+        """Tell whether less time is left than twice the longest step so far."""
         return self._deadline - time.monotonic() < 2 * self._longest_step_s
 
 
 def agree_to_stop(budget: TimeBudget, group: dist.ProcessGroup, *, has_progressed: bool) -> str | None:
-    """Why to stop before the next step, the same on every rank of the gloo `group`; None to go on.
+    """Return the reason to stop before the next step, or None to go on; the same on every rank of the gloo `group`.
 
-    SIGUSR1 is SLURM's warning of the time limit. When it comes before the first step, the allocation may be shorter
-    than the warning time: one step is taken, or a job that is requeued each time would never get anywhere.
+    SIGUSR1 is SLURM's warning of the time limit. When it arrives before the first step, the allocation may be shorter
+    than the warning time. One step is taken all the same: a job that is requeued each time would make no progress.
+    UnhealthyRun when the time budget is used up before the first step.
     """
     budget.step_begins()
     wanted = [int(number) for number in signals.received if has_progressed or number != signal.SIGUSR1]

@@ -1,11 +1,11 @@
-"""Heartbeats and the watchdog: one line on an error, bounded time in a hang.
+"""Heartbeats and the watchdog: an error prints one line, and a hang ends within a bounded time.
 
     with Watch(run_dir, rank, world_size, limit_s=3600) as watch:
-        watch.enter("rollout", step=3)                              # what this rank does from now on
+        watch.enter("rollout", step=3)                              # the stage that this rank starts
 
-Every rank writes run_dir/heartbeat/rank_00000.json every few seconds, from a thread. Rank 0 watches all of them, and
-all watch rank 0. Time is counted in the thread's own ticks: a clock that jumps, and a job that is suspended as a
-whole, age nothing.
+Every rank writes run_dir/heartbeat/rank_00000.json every few seconds, from a thread. Rank 0 watches all ranks, and
+all watch rank 0. Time is counted in the thread's own ticks, so neither a clock that jumps nor a suspended job makes a
+heartbeat look old.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from typing import Self
 from nemo_ssopd.run.alarms import UnhealthyRun
 
 INTERVAL_S = 5.0
-"""Between two heartbeats."""
+"""Seconds between two heartbeats."""
 SILENCE_S = 120.0
-"""A rank whose heartbeat is older than this is stopped, or its node is gone."""
+"""Seconds without a heartbeat after which a rank counts as stopped, or its node as gone."""
 IN_COLLECTIVE = os.path.join("torch", "distributed", "distributed_c10d")
 AGREE_S = 1.0
-"""What a failing rank waits for others that fail for the same reason, so that one of them speaks."""
+"""Seconds a failing rank waits for peers with the same error, so that only one prints it."""
 LOST_S = 60.0
-"""What a rank that lost another waits to be ended by the launcher, which knows more."""
+"""Seconds a rank that lost a peer waits for the launcher, which knows the cause, to end it."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """One rank's heartbeat file.
+    """A heartbeat file of one rank.
 
     >>> Beat(rank=1, host="n7", pid=4242, beat=17, step=3, stage="update", place=4, seconds=5.1, waiting=True,
     ...      error=None, time="2026-01-31T12:00:00+00:00")
@@ -53,18 +53,18 @@ class Beat:
     host: str
     pid: int
     beat: int
-    """Grows with every write."""
+    """Number of writes so far."""
     step: int
     stage: str
     place: int
-    """Of the stage among those of the step, in the order in which they were first entered."""
+    """Index of the stage among the stages of this step, in the order in which they were first entered."""
     seconds: float
-    """In this stage."""
+    """Seconds in this stage so far."""
     waiting: bool
-    """Whether the main thread is inside a collective, that is, waits for other ranks."""
+    """True while the main thread is inside a collective, that is, waits for other ranks."""
     error: str | None
     time: str
-    """Wall clock, for people."""
+    """Wall-clock time of the write, UTC, for human readers."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid}) in stage '{self.stage}' of step {self.step}"
@@ -75,7 +75,7 @@ def beat_file(run_dir: str | Path, rank: int) -> Path:
 
 
 def read_beat(run_dir: str | Path, rank: int) -> Beat | None:
-    """None when there is none."""
+    """Read the heartbeat file of a rank; None when it is missing or unreadable."""
     try:
         return Beat(**json.loads(beat_file(run_dir, rank).read_text()))
     except (OSError, ValueError, TypeError):
@@ -83,15 +83,15 @@ def read_beat(run_dir: str | Path, rank: int) -> Beat | None:
 
 
 def last_seen(run_dir: str | Path, rank: int) -> str:
-    """Where a rank was, for a message; empty when it never said."""
+    """Return a rank's last stage and step as text for a message; empty without a heartbeat file."""
     beat = read_beat(run_dir, rank)
     return f" in stage '{beat.stage}' of step {beat.step}" if beat else ""
 
 
 class Watch:
-    """This rank's heartbeat, and its eye on the others. Ends the process when one hangs, or when the block fails.
+    """Write this rank's heartbeat and watch other ranks; end the process when one hangs or when the block fails.
 
-    limit_s: seconds a stage may take. expected: errors whose text says everything, which get no traceback.
+    limit_s: seconds a stage may take. expected: errors whose message needs no traceback.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Watch:
         self._write()
 
     def enter(self, stage: str, step: int | None = None) -> None:
-        """The main thread starts with a stage; `step` stays as it was when not given."""
+        """Note that the main thread starts a stage; `step` stays the same when it is not given."""
         with self._lock:
             if step is not None:
                 self._step, self._stages = step, []
@@ -137,14 +137,14 @@ class Watch:
         self.leave()
 
     def leave(self) -> None:
-        """This rank is done, and nobody is to miss it."""
+        """Stop the heartbeat and mark this rank as done, so that no other rank misses it."""
         self._closed.set()
         self._thread.join()
         self.enter("done")
         self._write()
 
     def here(self) -> Beat:
-        """What this rank says of itself now."""
+        """Return this rank's present heartbeat."""
         with self._lock:
             return Beat(
                 rank=self._rank,
@@ -162,9 +162,9 @@ class Watch:
 
     def _write(self) -> None:
         self._beat += 1
-        with contextlib.suppress(OSError):  # a full disk: what trains will meet it too, and can say so
+        with contextlib.suppress(OSError):  # a full disk: the training code will meet it too, and report it
             file = beat_file(self._run_dir, self._rank)
-            whole = file.with_suffix(".new")  # others read at any time, and must not find half a file
+            whole = file.with_suffix(".new")  # others read at any time and must never find half a file
             whole.write_text(json.dumps(vars(self.here())) + "\n")
             os.replace(whole, file)
 
@@ -183,7 +183,10 @@ class Watch:
                 self._end(problem)
 
     def _problem(self, elapsed: float) -> str | None:
-        """What is wrong with the ranks that this one watches, or with itself."""
+        """Return what is wrong with the watched ranks or this one, or None; rank 0 also warns of slow stages.
+
+        `elapsed` are the seconds since the last call.
+        """
         own = self.here()
         beats = [own]
         for rank, (count, silent) in self._seen.items():
@@ -203,7 +206,10 @@ class Watch:
         return None
 
     def _end(self, problem: str) -> None:
-        """Say it once and end this process, when the others have left their stacks; the launcher then ends them."""
+        """Print the problem and end this process, after the others had time to write their stacks.
+
+        The launcher then ends the others.
+        """
         self._leave_stack()
         time.sleep(2 * INTERVAL_S)
         folder = beat_file(self._run_dir, self._rank).parent
@@ -218,7 +224,11 @@ class Watch:
             faulthandler.dump_traceback(file)
 
     def _fail(self, error: Exception) -> None:
-        """One rank speaks for all that failed alike; what only says that another rank is gone waits for that one."""
+        """Report an error and end this process.
+
+        Of the ranks with the same error, only the lowest prints it. An error that only says that a peer is gone waits,
+        so that the peer's own message comes first.
+        """
         is_expected, is_loss = isinstance(error, self._expected), lost_a_rank(error)
         self._error = None if is_loss else failure_text(error)
         with contextlib.suppress(OSError):
@@ -235,14 +245,14 @@ class Watch:
 
 
 def failure_text(error: Exception) -> str:
-    """What went wrong, the same on all ranks that failed alike."""
+    """Return the error as text, the same on all ranks with the same error."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error}. Make room, and go on with trainer.resume=true: what was saved is whole"
     return str(error) if isinstance(error, ValueError | UnhealthyRun) else f"{type(error).__name__}: {error}"
 
 
 def held_up_by(beats: Sequence[Beat]) -> str:
-    """The ranks that the others wait for: the furthest behind, and of those the ones that do not wait themselves."""
+    """Name the ranks that the others wait for: the furthest behind, and of those the ones outside a collective."""
     last = min((beat.step, beat.place) for beat in beats)
     behind = [beat for beat in beats if (beat.step, beat.place) == last]
     culprits = [beat for beat in behind if not beat.waiting] or behind
@@ -252,7 +262,7 @@ def held_up_by(beats: Sequence[Beat]) -> str:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone: it was raised inside a collective."""
+    """Tell whether an error only says that another rank is gone: it was raised inside a collective."""
     modules = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     return any(IN_COLLECTIVE in module for module in modules) or "gloo/transport" in str(error)
 

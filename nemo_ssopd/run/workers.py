@@ -1,7 +1,7 @@
-"""The worker processes of one node, as torchrun would start them, but for what a cluster asks for.
+"""Start and watch the worker processes of one node, like torchrun, with the behavior that a cluster needs.
 
-Stop signals reach the workers, which take the time that they need; their exit code comes out; a worker that fails ends
-the others within seconds; and none outlives this process, however it ends.
+Stop signals are passed on to the workers, which take the time that they need. Their exit code is returned. A worker
+that fails ends the others within seconds. No worker outlives this process, however it ends.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.run.signals import EXIT_STOPPED, STOP_SIGNALS, received
 
 GRACE_S = {"failed": 5.0, "stopped": 60.0}
-"""What the others get, to end by themselves, when the first worker has failed, or has stopped as it was asked to."""
+"""Seconds the other workers get to end by themselves after the first one failed, or stopped on request."""
 POLL_S = 0.1
 RUN_FILES = ("metrics.jsonl", "checkpoints", "table.json")
-"""What only a run or an evaluation of ours has in its folder."""
+"""Names by which a folder is known to hold a run or an evaluation."""
 PR_SET_PDEATHSIG = 1
 
-_prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing may be loaded
+_prctl = ctypes.CDLL(None).prctl  # looked up here: nothing may be loaded between fork and exec
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the workers ended. `code` is 0, the exit code of the first to fail, or 128 + N when signal N killed it."""
+    """The end of all workers. `code` is 0, the exit code of the first to fail, or 128 + N if signal N killed it."""
 
     code: int
     rank: int = 0
-    """The first to fail."""
+    """The first rank to fail."""
 
     @property
     def signal(self) -> signal.Signals | None:
@@ -45,12 +45,15 @@ class Ending:
 
 
 def under_launcher() -> bool:
-    """Whether a launcher, ours or torchrun, or srun with several tasks, started this process."""
+    """Tell whether our launcher, torchrun, or srun with several tasks started this process."""
     return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def make_run_dir(run_dir: str) -> None:
-    """The folder, for its owner's eyes only. One that others may read is closed to them, unless it is shared space."""
+    """Create a folder that only its owner can read, mode 0700; an existing run's folder is closed to others.
+
+    ValueError when the folder cannot be made, or is open to others and holds files that are not a run's.
+    """
     path = Path(run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -66,11 +69,14 @@ def make_run_dir(run_dir: str) -> None:
 
 
 def run_workers(parallel: ParallelConfig, module: str, arguments: Sequence[str]) -> Ending:
-    """`python -m module arguments` in parallel.world_size processes that can form one process group; waits for them."""
+    """Run `python -m module arguments` in parallel.world_size processes and wait for them.
+
+    The processes can form one process group.
+    """
     from torch.distributed import TCPStore  # noqa: PLC0415 -- a checked config may need no worker
 
-    # Served here, as torchrun does, so that no port can be taken between choosing and using it; unlike there, and as
-    # for gloo below, on the loopback interface alone: the protocol believes whoever reaches it.
+    # This process serves the store, as torchrun does, so the port cannot be taken between choosing and using it.
+    # Unlike torchrun, it listens on the loopback interface only, like gloo below: the protocol has no authentication.
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach())
@@ -93,17 +99,17 @@ def run_workers(parallel: ParallelConfig, module: str, arguments: Sequence[str])
             worker.send_signal(signal.SIGKILL if again else number)
 
     passed_on: set[int] = set()
-    # Workers start with the signals held back, until they listen; so does this process, until it knows all of them.
+    # Workers start with the stop signals blocked, until they have handlers; this process, until all have started.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         for rank in range(parallel.world_size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # In a session of its own a worker gets Ctrl-C from us, once, and not from the terminal too.
+            # In its own session a worker gets Ctrl-C once, from this process, and not from the terminal too.
             workers.append(
                 subprocess.Popen(command, env=environment | own, start_new_session=True, preexec_fn=_die_with_parent)
             )
-        for number in received:  # before this function had its handlers
+        for number in received:  # arrived before the handlers above were set
             pass_on(number, None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return _wait(workers)
@@ -114,12 +120,12 @@ def run_workers(parallel: ParallelConfig, module: str, arguments: Sequence[str])
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: a worker must not go on where nobody waits for it."""
+    """Ask the kernel to kill this process when its parent dies."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> Ending:
-    """Until all have ended well, or one has failed and the others have had their grace."""
+    """Wait until all have ended well, or one has failed and the others have had GRACE_S to end."""
     while True:
         codes = [worker.poll() for worker in workers]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
@@ -128,7 +134,7 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> Ending:
         if all(code == 0 for code in codes):
             return Ending(0)
         time.sleep(POLL_S)
-    # One that was killed has left no message, and what the others could say is only that it is gone.
+    # A worker that was killed left no message, and the others could only say that it is gone: do not wait for them.
     rank, code = next(((rank, code) for rank, code in failed if code < 0), failed[0])
     grace = 0.0 if code < 0 else GRACE_S["stopped" if code == EXIT_STOPPED else "failed"]
     deadline = time.monotonic() + grace
