@@ -196,7 +196,7 @@ class TrainExample:
     sampler_logprobs: tuple[float, ...] | None = None
     """Log-probs from the engine, one per completion token."""
     teacher: TeacherContext | None = None
-    """None if this completion is not distilled."""
+    """The teacher's context; None if this completion is not distilled."""
 
     # Results of model passes without gradients; None before the pass, or if the recipe does not need it.
     old_logprobs: torch.Tensor | None = None
