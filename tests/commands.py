@@ -1,11 +1,11 @@
 """Run this project's commands as processes forked from a server that has imported everything.
 
-    done = run("scripts/train_ssopd.py", "--config-name", "tiny_cpu", "trainer.max_steps=1", f"run_dir={folder}")
+    done = run_command("scripts/train_ssopd.py", "--config-name", "tiny_cpu", f"run_dir={folder}")
     assert done.returncode == 0, done.output
 
-It does what `python scripts/train_ssopd.py ...` does, without 20 seconds of imports in every process. A process that such
-a command starts with its own interpreter, like the workers of a launcher, is forked too; it gets the environment, session,
-signals and streams that it would have had.
+It does what `python scripts/train_ssopd.py ...` does, without 20 seconds of imports in every process. A process that
+such a command starts with its own interpreter, like the workers of a launcher, is forked too; it gets the environment,
+session, signals and streams that it would have had.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Done:
 
 
 class Command:
-    """`python ARGUMENTS`, started in the repository's root. Leaving its block kills it."""
+    """`python ARGUMENTS`, started in the repository's root, in a session of its own. Leaving its block kills it."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHERS_OWN}
@@ -81,24 +81,28 @@ class Command:
     def kill(self) -> None:
         self._process.kill()
 
+    def printed(self) -> str:
+        """Return its standard output so far, then its standard error."""
+        return "".join(self._texts())
+
     def wait(self, timeout: float = BOUND_S) -> Done:
         """Return how it ended. TimeoutError, with what it printed, when it is not over by then."""
         self._process.join(timeout)
-        texts = []
+        if self._process.exitcode is None:
+            raise TimeoutError(f"not over after {timeout:g} s: {self.printed()[-6000:]}")
+        return Done(self._process.exitcode, *self._texts())
+
+    def _texts(self) -> list[str]:
         for file in self._files:
             file.seek(0)
-            texts.append(file.read())
-        if self._process.exitcode is None:
-            self.kill()
-            raise TimeoutError(f"not over after {timeout:g} s: {texts[0][-3000:]}{texts[1][-3000:]}")
-        return Done(self._process.exitcode, *texts)
+        return [file.read() for file in self._files]
 
     def leaves_nobody(self, timeout: float = 30.0) -> bool:
         """Return whether every process that was forked for this command ends within `timeout` seconds."""
         return self._leash.poll(timeout)  # the end of file: nobody holds the other end
 
 
-def run(*arguments: str, **environment: str) -> Done:
+def run_command(*arguments: str, **environment: str) -> Done:
     """Run `python ARGUMENTS` with these variables added to the environment, and return how it ended."""
     with Command(*arguments, **environment) as command:
         return command.wait()
@@ -109,6 +113,7 @@ def run(*arguments: str, **environment: str) -> Done:
 
 def _become(arguments: Sequence[str], environment: Mapping[str, str], streams: list[str], held: Connection) -> NoReturn:
     """Turn this process into `python ARGUMENTS`. Its forks inherit `held`, which shows that one of them lives."""
+    os.setsid()
     os.chdir(ROOT)
     for target, stream in zip((sys.stdout, sys.stderr), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND), target.fileno())

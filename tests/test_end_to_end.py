@@ -20,15 +20,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.commands import BOUND_S, LAUNCHERS_OWN, ROOT, Command, Done
-from tests.commands import run as run_command
+from tests.commands import BOUND_S, LAUNCHERS_OWN, ROOT, Command, Done, run_command
+
+pytestmark = pytest.mark.heavy
 
 WHOLE = ("trainer.max_steps=4", "trainer.save_every=2", "trainer.eval_every=0", "evaluation.samples=2")
 VOLATILE = ("time/", "memory/", "progress/tokens_per_second")
 
 
 def command(run_dir: Path, *overrides: str, config: str = "tiny_cpu") -> tuple[str, ...]:
-    return "scripts/train_ssopd.py", "--config-name", config, f"run_dir={run_dir}", *overrides
+    few = "data.train='demo:products?count=200&seed=1'"  # every process renders all of them
+    return "scripts/train_ssopd.py", "--config-name", config, f"run_dir={run_dir}", few, *overrides
 
 
 def train(run_dir: Path, *overrides: str, config: str = "tiny_cpu") -> Done:
