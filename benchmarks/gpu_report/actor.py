@@ -274,9 +274,10 @@ def _hide_transformer_engine() -> None:
 def _written_out_losses() -> Iterator[None]:
     """Inside, actor and distillation take their log-probs and clipped KL from plain torch."""
     from nemo_ssopd.algo import losses  # noqa: PLC0415 -- after Transformer Engine is hidden
+    from nemo_ssopd.megatron import policy as megatron_policy  # noqa: PLC0415
 
     with (
-        patch.object(policy, "linear_logprobs", _plain_logprobs),
+        patch.object(megatron_policy, "linear_logprobs", _plain_logprobs),
         patch.object(losses, "linear_clipped_kl_with_stats", _plain_clipped_kl),
     ):
         yield
