@@ -143,7 +143,7 @@ def examine(path: str, mode: str, tensor: int) -> Findings:
         group=runtime.layout.tensor_cpu_group,
     )
     data = SimpleNamespace(train=[SimpleNamespace(tokens=tuple(range(1, 13)))])
-    trainer: Any = SimpleNamespace(config=config, actor=actor, collector=collector, runtime=runtime, data=data)
+    trainer: Any = SimpleNamespace(config=config, policy=actor, collector=collector, runtime=runtime, data=data)
     parameters = [parameter.clone() for parameter in actor.model.parameters()]
     check_refit(trainer, 0)
     is_restored = all(map(torch.equal, parameters, actor.model.parameters()))
