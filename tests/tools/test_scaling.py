@@ -25,6 +25,8 @@ from tools.scaling import (
     simulate,
 )
 
+pytestmark = pytest.mark.heavy
+
 DECODE = Decoding(fixed=3.0, per_request=0.5, per_context_token=0.01, slots=1000, prompt_tokens=7.0)
 CONSTANT = Rates(length_sigma=0.0)
 
