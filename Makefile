@@ -1,5 +1,7 @@
 # make train    the whole stack in miniature on two CPU processes: train, evaluate, export, report
-# make test     formatting, lint, types and every test
+# make test     formatting, lint, layers, types and every test
+# make test-fast    the same without the tests that start processes or an engine
+# make coverage     the lines of the package that no test runs
 # make test-container   the tests of what touches Megatron-Core and vLLM, with the NeMo container's versions (Python 3.12)
 # make test-latest      the same with the newest versions (Python 3.12)
 # make test-gpu  on a machine with a GPU and the stack installed: kernels against float64, then scripts/gpu_report.py
@@ -15,18 +17,34 @@ INSTALLED := $(VENV)/.installed
 RUN ?= runs/$(firstword $(MAKECMDGOALS))-$(shell date +%Y%m%d-%H%M%S)
 RUN := $(RUN)
 
-.PHONY: train test test-container test-latest test-gpu test-slurm audit warmstart install lock clean
+.PHONY: train test test-fast test-heavy lint coverage test-container test-latest test-gpu test-slurm audit warmstart install lock clean
 
 train: $(INSTALLED)
 	$(BIN)/python scripts/train_ssopd.py --config-name tiny_cpu run_dir=$(RUN)
 
+# Two at a time: the tests that start processes leave cores idle.
 test: $(INSTALLED)
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-heavy test-fast
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not heavy"
+
+test-heavy: $(INSTALLED)
+	$(BIN)/python -m pytest -m heavy
+
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck -x scripts/slurm/* tests/slurm/*.sh tests/slurm/*.sbatch
-	$(BIN)/python -m pytest
+
+coverage: $(INSTALLED)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test-container test-latest: test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest tests/megatron tests/checkpoint tests/convert tests/test_end_to_end.py

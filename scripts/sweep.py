@@ -136,7 +136,8 @@ def start(run: Run) -> int:
     os.dup2(log, sys.stderr.fileno())
     if config.parallel.world_size > 1:  # its workers are started by the training command
         script = str(Path(__file__).with_name("train_ssopd.py"))
-        os.execv(sys.executable, [sys.executable, script, "--config-name", run.config_name, *run.arguments])
+        command = [sys.executable, script, "--config-name", run.config_name, *run.arguments]
+        os.execv(command[0], command)  # noqa: S606
     train_here(config)
     os._exit(0)
 

@@ -5,6 +5,7 @@
     first, second = run_distributed(losses, 2, ParallelConfig(world_size=2, tensor=2), path)
 
 The processes are forked from a server that has imported the heavy libraries once, so a call costs about a second.
+tests/commands.py forks whole commands from the same server.
 """
 
 from __future__ import annotations
@@ -14,22 +15,27 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 from torch.distributed import TCPStore
 
 TIMEOUT_S = 120.0
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "nemo_ssopd.checkpoint.saved_model",
-        "nemo_ssopd.ops.row_kernels_cpu",
-        "transformers.models.auto.modeling_auto",
-        "peft",
-    ]
-)
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["tests.preloaded"])
+
+
+def start_process(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Fork a process from the server. The first call starts the server, which takes the time of the imports."""
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when the libraries load, as the workers of a run do
+        forkserver.ensure_running()
+    process = server.Process(target=function, args=args)
+    process.start()
+    return process
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -38,9 +44,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, receivers = [], []
     for rank in range(world_size):
-        receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_run, args=(function, args, rank, world_size, store.port, sender))
-        process.start()
+        receiver, sender = server.Pipe(duplex=False)
+        process = start_process(_run, function, args, rank, world_size, store.port, sender)
         sender.close()
         processes.append(process)
         receivers.append(receiver)

@@ -21,6 +21,8 @@ from tests.distributed import run_distributed
 from tests.invariants.recorded import Recorded, build_actor, config_for, logits, record, reference_model
 from tests.megatron.hf_models import save_random_model
 
+pytestmark = pytest.mark.heavy
+
 PAGE = Path(__file__).parents[1] / "docs" / "auxiliary_losses.md"
 LAYOUTS = {
     "one process, many micro-batches": {"world_size": 1, "tensor": 1, "token_budget": 30},

@@ -21,6 +21,8 @@ from tests.distributed import run_distributed
 from tests.invariants.recorded import config_for, one_update, record
 from tools.memory_plan import load
 
+pytestmark = pytest.mark.heavy
+
 DEMO = str(Path(__file__).parents[1] / "assets" / "demo_model")
 
 

@@ -10,6 +10,8 @@ import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,6 +60,7 @@ def test_the_image_runs_the_training_command_and_not_as_root() -> None:
     assert all(int(number) > 0 for number in user.split(":"))
 
 
+@pytest.mark.heavy
 def test_any_user_has_a_name_and_may_write_the_caches() -> None:
     environment = dict(pair.split("=", 1) for pair in " ".join(arguments_of("ENV")).split())
     nameless = "import getpass, pwd; pwd.getpwuid = {}.__getitem__; print(getpass.getuser())"  # as for an unknown uid

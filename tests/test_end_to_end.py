@@ -1,4 +1,7 @@
-"""The command itself, with every real part: two processes, Megatron-Core, vLLM, math-verify, checkpoints, export."""
+"""The commands with every real part: two processes, Megatron-Core, vLLM, math-verify, checkpoints, export.
+
+One run is the real command line from a shell; its figures are those of the forked ones.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,26 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import BOUND_S, LAUNCHERS_OWN, ROOT, Command, Done, run_command
+
+pytestmark = pytest.mark.heavy
+
+WHOLE = ("trainer.max_steps=4", "trainer.save_every=2", "trainer.eval_every=0", "evaluation.samples=2")
 VOLATILE = ("time/", "memory/", "progress/tokens_per_second")
 
 
-def train(run_dir: Path, *overrides: str, config: str = "tiny_cpu") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/train_ssopd.py", "--config-name", config, f"run_dir={run_dir}", *overrides]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+def command(run_dir: Path, *overrides: str, config: str = "tiny_cpu") -> tuple[str, ...]:
+    few = "data.train='demo:products?count=200&seed=1'"  # every process renders all of them
+    return "scripts/train_ssopd.py", "--config-name", config, f"run_dir={run_dir}", few, *overrides
+
+
+def train(run_dir: Path, *overrides: str, config: str = "tiny_cpu") -> Done:
+    return run_command(*command(run_dir, *overrides, config=config))
 
 
 def finished(run_dir: Path, *overrides: str, config: str = "tiny_cpu") -> Path:
@@ -48,14 +57,22 @@ def exported(run_dir: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps of SSOPD at tensor-parallel size 2, with a checkpoint after two, and an evaluation at both ends."""
-    return finished(
-        tmp_path_factory.mktemp("runs") / "ssopd",
-        "trainer.max_steps=4",
-        "trainer.save_every=2",
-        "trainer.eval_every=0",
-        "evaluation.samples=2",
+    """Four steps of SSOPD at tensor-parallel size 2, with a checkpoint after two, and an evaluation at both ends.
+
+    The one run of the tests that a shell's own command starts, with all that its three processes import.
+    """
+    run_dir = tmp_path_factory.mktemp("runs") / "ssopd"
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHERS_OWN}
+    result = subprocess.run(
+        [sys.executable, *command(run_dir, *WHOLE)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=BOUND_S,
     )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return run_dir
 
 
 def test_a_run_logs_what_the_method_promises(run: Path) -> None:
@@ -99,8 +116,7 @@ def test_the_export_is_the_trained_model(run: Path) -> None:
 
 
 def test_an_interrupted_run_continues_bit_for_bit(run: Path, tmp_path: Path) -> None:
-    whole = ("trainer.max_steps=4", "trainer.save_every=2", "trainer.eval_every=0", "evaluation.samples=2")
-    assert_continues(run, 4, 2, tmp_path / "resumed", *whole)
+    assert_continues(run, 4, 2, tmp_path / "resumed", *WHOLE)
 
 
 def assert_continues(
@@ -236,30 +252,27 @@ def test_bad_input_is_one_clear_line(overrides: tuple[str, ...], message: str, t
     assert "Traceback" not in result.stderr
 
 
-def evaluate(run_dir: Path, model: Path, *overrides: str) -> list[str]:
-    return [
-        *(sys.executable, "scripts/evaluate.py", "--config-name", "eval_demo", f"model={model}", f"run_dir={run_dir}"),
+def evaluation(run_dir: Path, model: Path, *overrides: str) -> tuple[str, ...]:
+    return (
+        *("scripts/evaluate.py", "--config-name", "eval_demo", f"model={model}", f"run_dir={run_dir}"),
         *("evaluation.samples=2", "batch=4", *overrides),
-    ]
+    )
 
 
 def test_an_evaluation_that_was_killed_continues_to_what_training_measured(run: Path, tmp_path: Path) -> None:
     """A run's newest adapters, merged; two data-parallel engines; SIGKILL half way. Against the run's own last step."""
     samples = tmp_path / "eval" / run.name / "products" / "samples.jsonl"
-    command = evaluate(tmp_path / "eval", run, "parallel.world_size=2")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    workers: list[psutil.Process] = []
-    while process.poll() is None and not (samples.exists() and samples.stat().st_size):
-        time.sleep(0.01)
-        workers = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    psutil.wait_procs(workers, timeout=20)
+    arguments = evaluation(tmp_path / "eval", run, "parallel.world_size=2")
+    with Command(*arguments) as command:
+        while command.is_running() and not (samples.exists() and samples.stat().st_size):
+            time.sleep(0.01)
+        command.kill()
+        assert command.leaves_nobody()
     written = samples.read_text()
     assert 0 < written.count("\n") < 120
     samples.write_text(written[:-9])  # as if the last line had been torn
 
-    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = run_command(*arguments, "--resume")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert f"{written.count(chr(10)) // 2 - 1}/60 problems" in done.stdout
     assert samples.read_text() == (run / "eval" / "step_000004.jsonl").read_text()
@@ -273,7 +286,7 @@ def test_an_evaluation_that_was_killed_continues_to_what_training_measured(run: 
     assert not (samples.parents[1] / ".hf").exists()  # the merged weights were for the engine only
     assert summary["title"] in (tmp_path / "eval" / "table.md").read_text()
 
-    refused = subprocess.run([*command, "--resume", "evaluation.top_k=5"], cwd=ROOT, capture_output=True, text=True)
+    refused = run_command(*arguments, "--resume", "evaluation.top_k=5")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "evaluation.top_k was 0 and is 5 now" in refused.stderr
     assert samples.read_text() == (run / "eval" / "step_000004.jsonl").read_text()

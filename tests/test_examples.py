@@ -20,6 +20,8 @@ from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.types import Completion, Prompt, Rollout, RolloutGroup, TokenSequence, TrainExample
 from tests.distributed import run_distributed
 
+pytestmark = pytest.mark.heavy
+
 DP2 = ParallelConfig(world_size=2)
 CONFIG = Config(
     data=DataConfig(),

@@ -6,59 +6,24 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from benchmarks.gpu_report.stage import Results, missing_package
+from benchmarks.gpu_report.stage import missing_package
 from scripts import gpu_report
 from scripts.gpu_report import Step
+from tests.commands import ROOT, run_command
+from tests.gpu_report_steps import dies, finds, good, hangs, leaves, raises, sees
 
-ROOT = Path(__file__).parents[1]
-HERE = "tests.test_gpu_report"
+pytestmark = pytest.mark.heavy
 
-
-# ---- Steps that go wrong: each runs in a process of its own ----------------------------------------------------------
-
-
-def good(results: Results, value: str = "1.0") -> None:
-    results.add("a number", float(value), "ms", below=2.0)
-    results.skip("another", "it needs a rival")
+STEPS = "tests.gpu_report_steps"
 
 
-def raises(results: Results) -> None:
-    results.add("before", 1)
-    raise ValueError("no such luck")
-
-
-def hangs(results: Results, pid_file: str) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    Path(pid_file).write_text(str(child.pid))
-    results.add("before", 1)
-    child.wait()
-
-
-def dies(results: Results) -> None:
-    results.add("before", 1)
-    os.abort()
-
-
-def sees(results: Results) -> None:
-    results.add("preload", os.environ["SOME_VARIABLE"])
-    results.add("visible", os.environ.get("CUDA_VISIBLE_DEVICES"))
-    results.add("path", os.environ["PYTHONPATH"].split(os.pathsep))
-
-
-def leaves(results: Results) -> None:
-    time.sleep(1.0)
-    (results.folder / "left").write_text("for the next")
-
-
-def finds(results: Results) -> None:
-    results.check("left", (results.folder / "left").read_text(), "for the next")
+# ---- Steps that go wrong: tests/gpu_report_steps.py ------------------------------------------------------------------
 
 
 def reported(folder: Path, monkeypatch: pytest.MonkeyPatch, *steps: Step, seconds: str = "100") -> dict[str, Any]:
@@ -73,7 +38,7 @@ def reported(folder: Path, monkeypatch: pytest.MonkeyPatch, *steps: Step, second
 
 def step(function: Any, *arguments: str, **options: Any) -> Step:
     options = {"limit_s": 30.0, **options}
-    return Step(function.__name__, function.__name__, f"{HERE}:{function.__name__}", arguments=arguments, **options)
+    return Step(function.__name__, function.__name__, f"{STEPS}:{function.__name__}", arguments=arguments, **options)
 
 
 def test_every_step_survives_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,17 +127,14 @@ sys.meta_path.insert(0, Hiding())
 """
 
 
-def stages(folder: Path, *names: str, **environment: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, "scripts/gpu_report.py", "--device", "cpu", "--seconds", "900", "--output", str(folder)]
-    command += ["--stages", *names]
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, timeout=950)
-    return result.returncode, json.loads((folder / "gpu_report.json").read_text())
+STAGES = ("scripts/gpu_report.py", "--device", "cpu", "--seconds", "900", "--stages")
 
 
 def test_the_stages_of_the_trainer_run_on_the_cpu(tmp_path: Path) -> None:
-    code, report = stages(tmp_path, "kernels", "benchmark", "actor", "model")
+    done = run_command(*STAGES, "kernels", "benchmark", "actor", "model", "--output", str(tmp_path))
+    report = json.loads((tmp_path / "gpu_report.json").read_text())
     logs = "\n".join(file.read_text()[-3000:] for file in sorted(tmp_path.glob("*.log")))
-    assert code == 0, (report["steps"], logs)
+    assert done.returncode == 0, (report["steps"], logs)
     assert all(entry["status"] == "passed" for entry in report["steps"].values())
     assert report["machine"]["card"] == "none, on the CPU"
     assert {"python", "torch", "megatron.core"} <= report["machine"].keys()
@@ -192,15 +154,10 @@ def test_the_stages_of_the_trainer_run_on_the_cpu(tmp_path: Path) -> None:
 
 def test_missing_packages_are_skipped_by_name(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HIDING)
-    code, report = stages(
-        tmp_path / "out",
-        "actor",
-        "run",
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
-        HIDDEN="megatron,hydra",
-    )
-    assert code == 0
-    steps = report["steps"]
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), "HIDDEN": "megatron,hydra"}
+    command = [sys.executable, *STAGES, "actor", "run", "--output", str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, timeout=950).returncode == 0
+    steps = json.loads((tmp_path / "out" / "gpu_report.json").read_text())["steps"]
     for name in ("actor", "actor, float32 on the CPU", "run, merged refit", "run, resumed with adapter refit"):
         assert steps[name]["status"] == "skipped", steps[name]
         assert steps[name]["reason"] in ("hydra is not installed", "megatron is not installed")

@@ -85,6 +85,7 @@ def _reduced_on_this_rank() -> Metrics:
     return reduced
 
 
+@pytest.mark.heavy
 def test_reduce_across_ranks() -> None:
     expected = {
         "reward/mean": Mean(8.0, 4),

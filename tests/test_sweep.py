@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -18,8 +16,8 @@ import pytest
 
 from benchmarks.recipes import FinishedRun, read_runs, table
 from scripts.sweep import Sweep, read_sweep, runs_of
+from tests.commands import ROOT, Command, run_command
 
-ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "benchmarks" / "sweeps").glob("*.yaml"))
 TABLES = sorted((ROOT / "docs" / "results").glob("*.md"))
 T_975 = (
@@ -27,10 +25,6 @@ T_975 = (
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069),
 )
 """Student's t(0.975) for n values, by n, from the printed table."""
-
-
-def sweep_command(*arguments: str) -> list[str]:
-    return [sys.executable, "scripts/sweep.py", *arguments]
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -73,32 +67,29 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "- logging.save_rollouts=true\n- data.eval='demo:products?split=eval&count=5&seed=1'\n"
     )
     first = folder / "runs" / "grpo" / "seed_1" / "finished.json"
-    process = subprocess.Popen(sweep_command(str(folder / "sweep.yaml")), cwd=ROOT, start_new_session=True)
-    while not first.exists():
-        assert process.poll() is None, "the sweep ended before its first run did"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with Command("scripts/sweep.py", str(folder / "sweep.yaml")) as command:
+        while not first.exists():
+            assert command.is_running(), f"the sweep ended before its first run did: {command.printed()}"
+            time.sleep(0.05)
+        os.killpg(command.pid, signal.SIGKILL)
     assert not (folder / "runs" / "ssopd" / "seed_1" / "finished.json").exists()
     (folder / "before").write_bytes(first.with_name("metrics.jsonl").read_bytes())
-    done = subprocess.run(
-        sweep_command(str(folder / "sweep.yaml")), cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_command("scripts/sweep.py", str(folder / "sweep.yaml"))
+    assert done.returncode == 0, done.output
     assert "2 runs, 1 finished already" in done.stdout
     return folder
 
 
+@pytest.mark.heavy
 def test_a_killed_sweep_repeats_no_run(swept: Path) -> None:
     """Metrics hold times, so a run that was repeated would not leave the same bytes."""
     assert (swept / "runs/grpo/seed_1/metrics.jsonl").read_bytes() == (swept / "before").read_bytes()
     assert json.loads((swept / "runs/ssopd/seed_1/finished.json").read_text())["levels"] == {"recipe": "ssopd"}
-    listed = subprocess.run(
-        sweep_command(str(swept / "sweep.yaml"), "--list"), cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    listed = run_command("scripts/sweep.py", str(swept / "sweep.yaml"), "--list")
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["finished", "finished"]
 
 
+@pytest.mark.heavy
 def test_paired_arms_draw_the_same_prompts_in_the_same_order(swept: Path) -> None:
     def drawn(arm: str) -> list[str]:
         files = sorted((swept / "runs" / arm / "seed_1" / "rollouts").iterdir())
@@ -108,9 +99,12 @@ def test_paired_arms_draw_the_same_prompts_in_the_same_order(swept: Path) -> Non
     assert len(drawn("grpo")) == 2 * 4 * 8 and len(set(drawn("grpo"))) == 8
 
 
+@pytest.mark.heavy
 def test_collected_metrics_are_those_of_the_runs(swept: Path, tmp_path: Path) -> None:
-    script = [sys.executable, "benchmarks/recipes.py", "collect", str(swept / "runs"), str(tmp_path / "raw.jsonl")]
-    subprocess.run(script, cwd=ROOT, check=True)
+    assert (
+        run_command("benchmarks/recipes.py", "collect", str(swept / "runs"), str(tmp_path / "raw.jsonl")).returncode
+        == 0
+    )
     grpo, ssopd = read_runs(tmp_path / "raw.jsonl")
     rows = [json.loads(line) for line in (swept / "runs/ssopd/seed_1/metrics.jsonl").read_text().splitlines()]
     assert ssopd.curve == {row["step"]: row["eval/avg_at_n"] for row in rows}
@@ -122,11 +116,12 @@ def test_collected_metrics_are_those_of_the_runs(swept: Path, tmp_path: Path) ->
 
 def refused(tmp_path: Path, text: str) -> str:
     (tmp_path / "sweep.yaml").write_text(text)
-    result = subprocess.run(sweep_command(str(tmp_path / "sweep.yaml")), cwd=ROOT, capture_output=True, text=True)
+    result = run_command("scripts/sweep.py", str(tmp_path / "sweep.yaml"))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     return result.stderr
 
 
+@pytest.mark.heavy
 def test_a_bad_sweep_is_one_clear_line(tmp_path: Path) -> None:
     assert "is not a sweep" in refused(tmp_path, "config: recipes_cpu\nlevels: {}\n")
     assert "an axis is empty" in refused(

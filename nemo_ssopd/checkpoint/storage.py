@@ -317,7 +317,8 @@ def read_common(folder: Path) -> dict[str, Any]:
     if not (folder / COMMON).is_file():
         return {}
     try:
-        return cast(dict[str, Any], torch.load(folder / COMMON, map_location="cpu", weights_only=True))
+        common = torch.load(folder / COMMON, map_location="cpu", weights_only=True)  # noqa: TID251 -- data alone
+        return cast(dict[str, Any], common)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{folder / COMMON} is not data only, and was not loaded: {error}") from error
 

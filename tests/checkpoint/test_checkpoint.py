@@ -49,6 +49,8 @@ from nemo_ssopd.types import TokenSequence, TrainExample
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import save_random_model
 
+pytestmark = pytest.mark.heavy
+
 ONE, TP2, DP2 = ParallelConfig(world_size=1), ParallelConfig(world_size=2, tensor=2), ParallelConfig(world_size=2)
 LR, EMA_DECAY = 1e-2, 0.75
 SAVED, LAST = 2, 4

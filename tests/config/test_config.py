@@ -212,3 +212,8 @@ def test_importance_weights_and_the_mismatch_bound_follow_the_type_of_the_weight
         assert (importance_cap(given), max_logprob_mismatch(given)) == (0.0, 0.0)
     assert caps == {"bfloat16": 2.0, "float16": 2.0, "float32": 0.0}
     assert bounds == MISMATCH_BOUNDS
+
+
+def test_remote_code_is_off_in_every_shipped_config() -> None:
+    for file in CONF.rglob("*.yaml"):
+        assert "trust_remote_code: true" not in file.read_text(), file

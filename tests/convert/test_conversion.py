@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
 import resource
+import runpy
 import shutil
-import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -40,8 +42,11 @@ from nemo_ssopd.types import TokenSequence
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import load_megatron, save_random_model, tokens_BS
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "assets" / "demo_model")
+M_MMAP_THRESHOLD = -3  # of malloc.h
 RATE = 5e-6  # of Adam's first step: all of B
 ONE, TP2 = ParallelConfig(world_size=1), ParallelConfig(world_size=2, tensor=2)
 
@@ -494,24 +499,25 @@ def save_layers(folder: Path, layers: int) -> Path:
 
 
 def peak_bytes(script: str, *arguments: object) -> int:
-    """Largest anonymous memory: what is mapped from files, the system may drop."""
-    code = (
-        "import runpy, sys, threading, time\n"
-        "peak = 0\n"
-        "def watch():\n"
-        "    global peak\n"
-        "    while True:\n"
-        "        status = open('/proc/self/status').read()\n"
-        "        peak = max(peak, int(status.split('RssAnon:')[1].split()[0]))\n"
-        "        time.sleep(0.002)\n"
-        "threading.Thread(target=watch, daemon=True).start()\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "print('peak', peak)\n"
-    )
-    line = [sys.executable, "-c", code, str(ROOT / "scripts" / script), *map(str, arguments)]
+    (peak,) = run_distributed(peak_of, 1, [str(ROOT / "scripts" / script), *map(str, arguments)])
+    return peak
+
+
+def peak_of(arguments: list[str]) -> int:
+    """Largest anonymous memory of a script: what is mapped from files, the system may drop."""
     # glibc keeps freed blocks of up to 32 MiB for later, which are a few of these matrices and none of an 8B model's.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return 1024 * int(result.stdout.split("peak ")[1])
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20) == 1
+    peaks, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            status = Path("/proc/self/status").read_text()
+            peaks.append(1024 * int(status.split("RssAnon:")[1].split()[0]))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+    over.set()
+    watching.join()
+    return max(peaks)

@@ -19,6 +19,8 @@ from nemo_ssopd.evaluation.identity import Identity, identities
 from nemo_ssopd.evaluation.merge import write_merged_adapter
 from nemo_ssopd.evaluation.models import ModelSource, find_model
 
+pytestmark = pytest.mark.heavy
+
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "demo_model"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

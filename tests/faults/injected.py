@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from nemo_ssopd.run import launch, watchdog, workers
+from nemo_ssopd.run.workers import under_launcher
 
 KIND, RANK, STEP, STAGE = os.environ["FAULT"].split()
 
@@ -85,7 +86,8 @@ FAULTS = {
 
 
 if __name__ == "__main__":
-    watchdog.Watch.enter = enter_and_suffer
+    if under_launcher():
+        watchdog.Watch.enter = enter_and_suffer
     launch.run_workers = lambda parallel, module, arguments: workers.run_workers(
         parallel, "tests.faults.injected", arguments
     )

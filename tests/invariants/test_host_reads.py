@@ -24,6 +24,8 @@ from tests.distributed import run_distributed
 from tests.invariants.recorded import Recorded, build_actor, config_for, one_update, record
 from tests.megatron.hf_models import HF_CONFIGS, save_random_model
 
+pytestmark = pytest.mark.heavy
+
 ONLY_ON_CPU = (
     ("embeddings/rope_utils.py", "_apply_rotary_pos_emb_thd"),  # apply_rope_fusion
     ("nemo_ssopd/megatron/model.py", "forward"),  # Transformer Engine's attention

@@ -23,6 +23,8 @@ from tests.invariants.recorded import (
 )
 from tests.megatron.hf_models import save_random_model
 
+pytestmark = pytest.mark.heavy
+
 LAYOUTS = {
     "one process": {"world_size": 1, "tensor": 1},
     "one process, many micro-batches": {"world_size": 1, "tensor": 1, "token_budget": 30},

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from nemo_ssopd.config.sections import ParallelConfig
 from nemo_ssopd.megatron.runtime import initialize
 from tests.distributed import run_distributed
+
+pytestmark = pytest.mark.heavy
 
 
 def axes(parallel: ParallelConfig) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from nemo_ssopd.models.family import HFModelConfig
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import hidden_BSH, load_megatron, logits_BSV, save_random_model, tokens_BS
 
+pytestmark = pytest.mark.heavy
+
 LORA = LoraConfig(rank=4, alpha=6.0)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYOUTS = {

@@ -21,6 +21,8 @@ from nemo_ssopd.types import TokenSequence
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import HF_CONFIGS, hidden_BSH, load_megatron, logits_BSV, save_random_model, tokens_BS
 
+pytestmark = pytest.mark.heavy
+
 LAYOUTS = {
     "tp1": ParallelConfig(world_size=1),
     "tp2": ParallelConfig(world_size=2, tensor=2),

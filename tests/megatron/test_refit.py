@@ -26,6 +26,8 @@ from nemo_ssopd.run.alarms import UnhealthyRun
 from nemo_ssopd.types import TokenSequence
 from tests.distributed import run_distributed
 
+pytestmark = pytest.mark.heavy
+
 DEMO = str(Path(__file__).parents[2] / "assets" / "demo_model")
 RATE, STEPS = 5e-6, 10
 Weights = Iterable[tuple[str, torch.Tensor]]

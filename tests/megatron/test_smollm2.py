@@ -15,6 +15,8 @@ from nemo_ssopd.megatron.runtime import initialize
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import load_megatron, logits_BSV
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -25,6 +25,8 @@ from nemo_ssopd.megatron.weights import hf_weights
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import hidden_BSH, load_megatron, save_random_model, tokens_BS
 
+pytestmark = pytest.mark.heavy
+
 ROWS = 4
 
 

@@ -15,6 +15,8 @@ from nemo_ssopd.megatron.weights import hf_weights
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import HF_CONFIGS, load_megatron, save_random_model
 
+pytestmark = pytest.mark.heavy
+
 TP1 = ParallelConfig(world_size=1)
 TP2 = ParallelConfig(world_size=2, tensor=2)
 DP2 = ParallelConfig(world_size=2)

@@ -104,6 +104,7 @@ def test_files_that_are_not_there_or_not_whole(tmp_path: Path) -> None:
         read_hf_config(tmp_path)
 
 
+@pytest.mark.heavy
 def test_importing_it_is_cheap() -> None:
     """Validation reads it before anything heavy is loaded."""
     code = (

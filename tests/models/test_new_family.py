@@ -29,6 +29,8 @@ from tests.distributed import run_distributed
 from tests.megatron.hf_models import load_megatron, logits_BSV, tokens_BS
 from tools import counts
 
+pytestmark = pytest.mark.heavy
+
 RECORD = """
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from nemo_ssopd.observe.profiling import profiled
 from nemo_ssopd.observe.stages import StageTimer
 from nemo_ssopd.run.watchdog import Watch
 
+pytestmark = pytest.mark.heavy
+
 
 def profile_step(folder: Path, device: str, step: int) -> None:
     config = Config(

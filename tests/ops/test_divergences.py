@@ -87,6 +87,7 @@ def on_two_ranks() -> dict[str, float]:
     return errors(dist.group.WORLD, dist.get_rank(), 2)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("size", [1, 2])
 def test_values_and_gradients_are_the_formulas(size: int) -> None:
     for found in [errors(None, 0, 1)] if size == 1 else run_distributed(on_two_ranks, 2):

@@ -27,6 +27,7 @@ for tensor in (loss_T, gradient, *norm, entropy_T, logprob_gradient):
 """
 
 
+@pytest.mark.heavy
 def test_compiled_and_cached_kernels_give_the_same_bits(tmp_path: Path) -> None:
     """The first process compiles, the second loads what it left: a resumed run must not notice."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}

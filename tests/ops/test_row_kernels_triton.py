@@ -69,6 +69,7 @@ def interpreter_errors() -> dict[str, dict[str, float]]:
     return json.loads(worker.stdout)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("case", "tolerance"),
     [

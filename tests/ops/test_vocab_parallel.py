@@ -20,6 +20,8 @@ from nemo_ssopd.ops.logprobs import linear_logprobs
 from tests.distributed import run_distributed
 from tests.ops import oracle
 
+pytestmark = pytest.mark.heavy
+
 T, H, CLIP, TEMPERATURE = 9, 12, 0.05, 1.3
 # name -> (width of each rank's shard by tp, true vocabulary): even, padded with a rank of padding only, uneven, a rank
 # without any column.

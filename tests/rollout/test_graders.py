@@ -18,6 +18,8 @@ from nemo_ssopd.rollout.graders import Grader, build_grader, check_grader
 from nemo_ssopd.rollout.verifier import Verdict
 from nemo_ssopd.types import Prompt
 
+pytestmark = pytest.mark.heavy
+
 REWARDS = r'''
 """Rewards for tests: the completion says what to do."""
 import os, signal, subprocess, sys, time

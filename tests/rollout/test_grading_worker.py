@@ -30,6 +30,7 @@ def _hostile_equality(answer: str, gold: str) -> bool:
     return answer == gold
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("answer", "reason", "lives"),
     [

@@ -16,6 +16,8 @@ import pytest
 
 from nemo_ssopd.rollout.verifier import REASONS, MathVerifier, Verdict
 
+pytestmark = pytest.mark.heavy
+
 DATA = Path(__file__).parents[1] / "data"
 SLOW = r"\boxed{2^{1000\cdot 1000\cdot 1000}}"  # one C call of many seconds
 

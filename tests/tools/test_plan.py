@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +22,14 @@ from nemo_ssopd.megatron.runtime import initialize
 from nemo_ssopd.models.family import HFModelConfig, read_hf_config
 from nemo_ssopd.types import TokenSequence, TrainExample
 from scripts.plan import main
+from tests.commands import run_command
 from tests.distributed import run_distributed
 from tests.megatron.hf_models import save_random_model, tokens_BS
 from tests.ops.test_memory import peak_bytes
 from tools.counts import adapters, parameters
 from tools.memory_plan import GIB, Activations, Machine, load, plan, refusal
+
+pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = Machine(on_cuda=False)
@@ -134,8 +136,7 @@ def test_the_8b_config_by_hand() -> None:
 
 
 def test_the_script_runs_by_itself() -> None:
-    script = [sys.executable, str(ROOT / "scripts" / "plan.py"), "--config-name", "tiny_cpu", "--cpu"]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+    done = run_command("scripts/plan.py", "--config-name", "tiny_cpu", "--cpu")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "On one rank: parameters 154,752, adapters 47,104." in done.stdout
 
