@@ -12,6 +12,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY nemo_ssopd ./nemo_ssopd
 COPY conf ./conf
 COPY scripts ./scripts
+COPY tools ./tools
 COPY assets ./assets
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
     && useradd --uid 10001 --create-home ssopd \
