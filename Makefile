@@ -24,7 +24,7 @@ train: $(INSTALLED)
 
 # Two at a time: the tests that start processes leave cores idle.
 test: $(INSTALLED)
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-heavy test-fast
+	$(MAKE) --no-print-directory --jobs 2 test-heavy test-fast
 
 test-fast: lint
 	$(BIN)/python -m pytest -m "not heavy"
